@@ -1,0 +1,1 @@
+"""From scores, runs and results to figures, tables and the report."""

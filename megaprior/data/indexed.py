@@ -1,0 +1,295 @@
+"""One stream of sequences on disk: Megatron-core's IndexedDataset, version 1, byte for byte.
+
+`<prefix>.bin` holds the sequences one after another; `<prefix>.idx` says where each begins. All little-endian:
+
+    0   9s  "MMIDIDX\\0\\0"        18  u64  N sequences            34       N x i32  lengths, in elements
+    9   u64 version = 1            26  u64  D = documents + 1      34+4N    N x i64  pointers, in bytes
+    17  u8  dtype code                                             34+12N   D x i64  document indices, 0 .. N
+
+Letters: N sequences, D document boundaries.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from array import array
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megaprior.errors import DataError
+from megaprior.files import BLOCK_BYTES, atomic_file, block_digests, disk_full_explained
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+CODES = {np.dtype(text): code for code, text in DTYPES.items()}
+_UINT16_VOCABULARY = 65_500
+_LOOKS = (
+    (b"\x1f\x8b", "gzip data"),
+    (b"version https://git-lfs", "a Git-LFS pointer (run `git lfs pull`)"),
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"<?xml", "XML"),
+    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"pk\x03\x04", "a zip archive"),
+    (b"\x93numpy", "a NumPy array"),
+    (b"tntidx\0\0", "Megatron's old index format"),
+    (b"{", "JSON text"),
+)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 while every id surely fits (vocabulary < 65,500, as Megatron decides), else int32."""
+    return np.dtype(np.uint16 if vocab_size < _UINT16_VOCABULARY else np.int32)
+
+
+def looks_like(head: bytes) -> str | None:
+    """What the first bytes of a foreign file look like, in words; None when they say nothing."""
+    if not head:
+        return "an empty file"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for magic, words in _LOOKS:
+        if start.startswith(magic):
+            return words
+    return "zeros (an unfinished copy)" if not any(head) else None
+
+
+def appearance(path: Path) -> str:
+    """", it looks like gzip data" for a file whose beginning says so, else "" (for error messages)."""
+    with open(path, "rb") as file:
+        words = looks_like(file.read(64))
+    return f", it looks like {words}" if words else ""
+
+
+def suffixed(prefix: Path, suffix: str) -> Path:
+    """`prefix` + `suffix`; Path.with_suffix would eat the stream's name."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+class BlockHasher:
+    """xxh3-128 of each 64 MiB block of what is written, without reading it again."""
+
+    def __init__(self) -> None:
+        self.bytes, self._done, self._hash = 0, [], xxhash.xxh3_128()
+
+    def update(self, data: bytes | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        while len(view):
+            part = view[: BLOCK_BYTES - self.bytes % BLOCK_BYTES]
+            self._hash.update(part)
+            self.bytes += len(part)
+            view = view[len(part) :]
+            if self.bytes % BLOCK_BYTES == 0:
+                self._done.append(self._hash.hexdigest())
+                self._hash = xxhash.xxh3_128()
+
+    def blocks(self) -> list[str]:
+        """Digests so far, the unfinished block included; the same as `files.block_digests` of the file."""
+        return [*self._done, self._hash.hexdigest()] if self.bytes % BLOCK_BYTES else list(self._done)
+
+
+class IndexedWriter:
+    """Write a stream sequence by sequence; the two files appear under their names in `finish`, .bin first.
+
+    Memory: 12 bytes a sequence. Used as a context manager it aborts unless `finish` was called.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: Any) -> None:
+        self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in CODES:
+            raise DataError(f"{prefix}: dtype {self.dtype} has no code in this format; use one of {sorted(map(str, CODES))}")
+        self._lengths, self._pointers, self._documents = array("i"), array("q"), array("q", [0])
+        self._hasher = BlockHasher()
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(atomic_file(suffixed(self.prefix, ".bin")))
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
+
+    def add(self, sequence: Any, *, alias: int | None = None) -> int:
+        """Append a 1-D sequence (or bytes, for u8) and return its index; with `alias`, share that earlier one's bytes.
+
+        Raises:
+            DataError: a value does not fit the stream's dtype, the sequence is not 1-D, or the disk is full.
+        """
+        if alias is not None:
+            self._lengths.append(self._lengths[alias])
+            self._pointers.append(self._pointers[alias])
+            return len(self) - 1
+        data = np.ascontiguousarray(self._cast(sequence))
+        pointer = self._hasher.bytes
+        with disk_full_explained(self.prefix, data.nbytes):
+            self._file.write(data.data)
+        self._hasher.update(data.data)
+        self._lengths.append(data.size)
+        self._pointers.append(pointer)
+        return len(self) - 1
+
+    def _cast(self, sequence: Any) -> np.ndarray:
+        if isinstance(sequence, bytes | bytearray | memoryview):
+            sequence = np.frombuffer(sequence, np.uint8)
+        data = np.asarray(sequence)
+        where = f"{self.prefix} sequence {len(self)}"
+        if data.ndim != 1:
+            raise DataError(f"{where}: {data.ndim} dimensions, expected 1")
+        if self.dtype.kind in "iu" and data.size and data.dtype != self.dtype:
+            limits = np.iinfo(self.dtype)
+            if data.dtype.kind not in "iu" or data.min() < limits.min or data.max() > limits.max:
+                raise DataError(f"{where}: values {data.min()} to {data.max()} do not fit {self.dtype.name}")
+        return data.astype(self.dtype, copy=False)
+
+    def end_document(self) -> None:
+        """The sequences added since the last call form one document."""
+        self._documents.append(len(self))
+
+    def finish(self) -> dict[str, Any]:
+        """Commit both files and return the stream's entry in a manifest."""
+        if self._documents[-1] != len(self):
+            self.end_document()
+        self._stack.close()
+        index = suffixed(self.prefix, ".idx")
+        with atomic_file(index) as file:
+            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(self), len(self._documents)))
+            for values, dtype in ((self._lengths, "<i4"), (self._pointers, "<i8"), (self._documents, "<i8")):
+                file.write(np.asarray(values).astype(dtype, copy=False).data)
+        return {
+            "dtype": self.dtype.name,
+            "sequences": len(self),
+            "bin": {"bytes": self._hasher.bytes, "blocks": self._hasher.blocks()},
+            "idx": {"bytes": index.stat().st_size, "blocks": block_digests(index)},
+        }
+
+    def abort(self) -> None:
+        """Remove the temporary file; nothing appears. Harmless after `finish`."""
+
+        class Aborted(Exception):
+            pass
+
+        with suppress(Aborted), self._stack:
+            raise Aborted
+
+
+class IndexedStream:
+    """Read a stream. Opening looks at sizes and the 34-byte header only; the files are mapped at first use.
+
+    Sizes are checked before anything is mapped: touching a mapped file beyond its end is SIGBUS, which nothing can catch.
+
+    Args:
+        expect: the stream's entry in its manifest; without it the index alone says how long the .bin must be.
+
+    Raises:
+        DataError: a file is missing, foreign, of another version or dtype, shorter or longer than it must be.
+    """
+
+    def __init__(self, prefix: Path | str, *, expect: dict[str, Any] | None = None) -> None:
+        self.prefix = Path(prefix)
+        self.bin, self.idx = suffixed(self.prefix, ".bin"), suffixed(self.prefix, ".idx")
+        for path, entry in ((self.bin, "bin"), (self.idx, "idx")):
+            if not path.is_file():
+                raise DataError(f"{path}: missing; copy it again or rebuild the shard")
+            if expect is not None:
+                _check_size(path, expect[entry]["bytes"], "the manifest")
+        self.dtype, self._count, self._boundaries = _read_header(self.idx)
+        _check_size(self.idx, HEADER.size + 12 * self._count + 8 * self._boundaries, "its header")
+        self._index: bytes | mmap.mmap | None = None
+        self._data: bytes | mmap.mmap | None = None
+        self._bytes = self.bin.stat().st_size
+        if expect is None:
+            ends = self.pointers + self.lengths.astype(np.int64) * self.dtype.itemsize
+            _check_size(self.bin, int(ends.max(initial=0)), "its index")
+        elif (self.dtype.name, self._count) != (expect["dtype"], expect["sequences"]):
+            raise DataError(
+                f"{self.idx}: {self._count:,} sequences of {self.dtype.name}, the manifest says {expect['sequences']:,} "
+                f"of {expect['dtype']}; rebuild the shard"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _section(self, dtype: str, count: int, offset: int) -> np.ndarray:
+        if self._index is None:
+            self._index = _map(self.idx)
+        return np.frombuffer(self._index, dtype, count, offset)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int32 [N], in elements; a read-only view of the mapped index."""
+        return self._section("<i4", self._count, HEADER.size)
+
+    @property
+    def pointers(self) -> np.ndarray:
+        """int64 [N], in bytes from the start of the .bin; equal pointers share their bytes."""
+        return self._section("<i8", self._count, HEADER.size + 4 * self._count)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """int64 [D], the first sequence of each document, then N."""
+        return self._section("<i8", self._boundaries, HEADER.size + 12 * self._count)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Sequence `index` as a read-only view, in the stream's dtype.
+
+        Raises:
+            IndexError: index is outside [0, N).
+            DataError: the index points outside the .bin: it was changed after it was written.
+        """
+        if not 0 <= index < self._count:
+            raise IndexError(f"{self.prefix}: sequence {index} of {self._count}")
+        length, pointer = int(self.lengths[index]), int(self.pointers[index])
+        if length < 0 or pointer < 0 or pointer + length * self.dtype.itemsize > self._bytes:
+            raise DataError(
+                f"{self.idx}: sequence {index} claims {length:,} elements at byte {pointer:,} of {self._bytes:,}; "
+                "run `megaprior-data verify` and rebuild the shard"
+            )
+        return self._view(length, pointer)
+
+    def flat(self) -> np.ndarray:
+        """The whole .bin as one read-only view: right for streams without aliases, whose sequences touch."""
+        return self._view(self._bytes // self.dtype.itemsize, 0)
+
+    def _view(self, length: int, pointer: int) -> np.ndarray:
+        if self._data is None:
+            self._data = _map(self.bin)
+        return np.frombuffer(self._data, self.dtype, length, pointer)
+
+    def close(self) -> None:
+        """Drop the mappings; views that are still held keep theirs, and the next access maps again."""
+        self._index = self._data = None
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """(dtype, N, D) of an .idx, or a DataError that says what the file looks like instead."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise DataError(f"{path}: not a Megatron index{appearance(path)}; copy it again or rebuild the shard")
+    _, version, code, count, boundaries = HEADER.unpack(head)
+    if version != 1 or code not in DTYPES:
+        raise DataError(f"{path}: version {version} dtype code {code}, expected version 1 and a code of 1 to 8; rebuild the shard")
+    return np.dtype(DTYPES[code]), count, boundaries
+
+
+def _check_size(path: Path, expected: int, source: str) -> None:
+    found = path.stat().st_size
+    if found != expected:
+        raise DataError(
+            f"{path}: {found:,} bytes, {source} says {expected:,}{appearance(path)}; copy it again or rebuild the shard"
+        )
+
+
+def _map(path: Path) -> bytes | mmap.mmap:
+    with open(path, "rb") as file:
+        if path.stat().st_size == 0:
+            return b""  # an empty file cannot be mapped
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
