@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="megaprior",
-        description="Vision-language pre-training that gives more weight to the tokens a text-only model cannot predict.",
+        description="Vision-language pre-training that gives more weight to tokens a text-only model cannot predict.",
         epilog=_STORY,
         formatter_class=raw,
     )
@@ -157,11 +157,31 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    raise NotImplementedError
+    parser = verb(
+        "evaluate",
+        _evaluate,
+        "probe a saved checkpoint: true statements against swapped ones, with true and with shuffled images",
+        "megaprior evaluate --model runs/prior --probe scenes/probe/probe.jsonl --output runs/results.jsonl",
+    )
+    parser.add_argument("--model", type=Path, required=True, help="a run folder, a checkpoint, or a Hugging Face folder")
+    parser.add_argument("--probe", type=Path, required=True, help="probe items, JSON lines: image, true, false, attribute")
+    parser.add_argument("--output", type=Path, required=True, help="results.jsonl; one line per checkpoint and probe")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from megaprior.evaluate import evaluate
+
+    evaluate(model=options.model, probe=options.probe, output=options.output)
+    return 0
 
 
 def _add_report(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    raise NotImplementedError
+    parser = verb("report", _report, "write runs and results as one self-contained HTML file", "megaprior report")
+    parser.add_argument("--output", type=Path, required=True)
+
+
+def _report(options: argparse.Namespace) -> int:
+    raise UsageError(f"{options.output}: not there yet")
 
 
 if __name__ == "__main__":

@@ -21,49 +21,22 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megaprior.data.foreign import appearance, looks_like
 from megaprior.errors import DataError
 from megaprior.files import BLOCK_BYTES, atomic_file, block_digests, disk_full_explained
+
+__all__ = ["BlockHasher", "IndexedStream", "IndexedWriter", "looks_like", "suffixed", "token_dtype"]
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 CODES = {np.dtype(text): code for code, text in DTYPES.items()}
 _UINT16_VOCABULARY = 65_500
-_LOOKS = (
-    (b"\x1f\x8b", "gzip data"),
-    (b"version https://git-lfs", "a Git-LFS pointer (run `git lfs pull`)"),
-    (b"<!doctype html", "an HTML page"),
-    (b"<html", "an HTML page"),
-    (b"<?xml", "XML"),
-    (b"\x28\xb5\x2f\xfd", "zstd data"),
-    (b"pk\x03\x04", "a zip archive"),
-    (b"\x93numpy", "a NumPy array"),
-    (b"tntidx\0\0", "Megatron's old index format"),
-    (b"{", "JSON text"),
-)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 while every id surely fits (vocabulary < 65,500, as Megatron decides), else int32."""
     return np.dtype(np.uint16 if vocab_size < _UINT16_VOCABULARY else np.int32)
-
-
-def looks_like(head: bytes) -> str | None:
-    """What the first bytes of a foreign file look like, in words; None when they say nothing."""
-    if not head:
-        return "an empty file"
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for magic, words in _LOOKS:
-        if start.startswith(magic):
-            return words
-    return "zeros (an unfinished copy)" if not any(head) else None
-
-
-def appearance(path: Path) -> str:
-    """", it looks like gzip data" for a file whose beginning says so, else "" (for error messages)."""
-    with open(path, "rb") as file:
-        words = looks_like(file.read(64))
-    return f", it looks like {words}" if words else ""
 
 
 def suffixed(prefix: Path, suffix: str) -> Path:
@@ -102,7 +75,9 @@ class IndexedWriter:
     def __init__(self, prefix: Path | str, dtype: Any) -> None:
         self.prefix, self.dtype = Path(prefix), np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODES:
-            raise DataError(f"{prefix}: dtype {self.dtype} has no code in this format; use one of {sorted(map(str, CODES))}")
+            raise DataError(
+                f"{prefix}: dtype {self.dtype} has no code in this format; use one of {sorted(map(str, CODES))}"
+            )
         self._lengths, self._pointers, self._documents = array("i"), array("q"), array("q", [0])
         self._hasher = BlockHasher()
         self._stack = ExitStack()
@@ -110,6 +85,11 @@ class IndexedWriter:
 
     def __len__(self) -> int:
         return len(self._lengths)
+
+    @property
+    def document_count(self) -> int:
+        """Documents ended so far."""
+        return len(self._documents) - 1
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -276,7 +256,9 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
         raise DataError(f"{path}: not a Megatron index{appearance(path)}; copy it again or rebuild the shard")
     _, version, code, count, boundaries = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
-        raise DataError(f"{path}: version {version} dtype code {code}, expected version 1 and a code of 1 to 8; rebuild the shard")
+        raise DataError(
+            f"{path}: version {version}, dtype code {code}; this program reads version 1, codes 1 to 8; rebuild it"
+        )
     return np.dtype(DTYPES[code]), count, boundaries
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from megaprior.errors import DataError, UsageError
 
-# Each pair of rounds mixes both halves once; 4 pairs pass a chi-squared test on where an index lands, from n = 5 up.
-_ROUND_PAIRS = 4
+# A pair of rounds mixes each half once. With 8, chi-squared tests of where one index and two neighbours land over 20,000
+# keys find no bias for n from 2 to 257; with 4, n = 5 to 7 (halves of one and two bits) fail at p < 1e-11.
+_ROUND_PAIRS = 8
 _MAX_PERIOD = 1 << 20  # entries of the blend table (12 bytes each)
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -74,9 +75,13 @@ class Schedule:
         assert len(sizes) == len(weights), (len(sizes), len(weights))
         period = sum(weights)
         if min(weights, default=0) < 0 or period == 0:
-            raise UsageError(f"source weights are {list(weights)}: they must be 0 or more, at least one of them above 0")
+            raise UsageError(
+                f"source weights are {list(weights)}: they must be 0 or more, at least one of them above 0"
+            )
         if period > _MAX_PERIOD:
-            raise UsageError(f"source weights sum to {period:,}, at most {_MAX_PERIOD:,} can be tabled; use smaller integers")
+            raise UsageError(
+                f"source weights sum to {period:,}, at most {_MAX_PERIOD:,} can be tabled; use smaller integers"
+            )
         for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
             if weight and not size:
                 raise DataError(f"source {source} has weight {weight} and 0 samples; remove it or set its weight to 0")
@@ -112,8 +117,8 @@ def _feistel(value: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
     low_mask, high_mask = np.uint64((1 << low_bits) - 1), np.uint64((1 << (bits - low_bits)) - 1)
     high, low = value >> np.uint64(low_bits), value & low_mask
     for pair in range(_ROUND_PAIRS):
-        high = high ^ (_mix(low + _mix(keys + _round(2 * pair))) & high_mask)
-        low = low ^ (_mix(high + _mix(keys + _round(2 * pair + 1))) & low_mask)
+        high = high ^ (_mix(low + keys + _round(2 * pair)) & high_mask)
+        low = low ^ (_mix(high + keys + _round(2 * pair + 1)) & low_mask)
     return high << np.uint64(low_bits) | low
 
 

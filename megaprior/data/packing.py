@@ -31,7 +31,9 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = int(lengths[item])
         if length > capacity:
-            raise UsageError(f"segment {item} has {length:,} tokens, a row holds {capacity:,}; raise max_tokens to {length:,}")
+            raise UsageError(
+                f"segment {item} has {length:,} tokens, a row holds {capacity:,}; raise max_tokens to {length:,}"
+            )
         place = bisect_left(room, (length, -1))
         if place == len(room):
             left, row = capacity, len(rows)

@@ -1,0 +1,249 @@
+"""Who this process is among its peers, and how the peers make sure that they agree.
+
+The control channel is a gloo group of its own on the CPU: it can neither reorder nor wait for an engine's collectives,
+costs no device synchronisation, and with one process it is no group at all.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import struct
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from megaprior.errors import MegapriorError, UsageError
+from megaprior.files import digest_bytes
+
+_DIGEST_HEX = 13  # 52 bits: an integer of that size is exact in the float64 that travels
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among `world` processes; `local_rank` counts those on the same machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+def place(environment: Mapping[str, str] | None = None) -> Place:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK as the deepspeed and torchrun launchers set them; none of them means alone.
+
+    Raises:
+        UsageError: they are incomplete, no numbers or contradict each other.
+    """
+    env = os.environ if environment is None else environment
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    missing = [name for name in names if not env.get(name)]
+    if len(missing) == len(names):
+        for launcher, size in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+            if int(env.get(size) or 1) > 1:
+                raise UsageError(
+                    f"{launcher} started {env[size]} processes but RANK, WORLD_SIZE and LOCAL_RANK are not set, so each would "
+                    "train alone on the same output; export them, or start through `deepspeed` or `torchrun`"
+                )
+        return Place()
+    if missing:
+        raise UsageError(f"{', '.join(missing)} not set while {' and '.join(set(names) - set(missing))} is; set all or none")
+    try:
+        here = Place(*(int(env[name]) for name in names))
+    except ValueError:
+        shown = ", ".join(f"{name}={env[name]!r}" for name in names)
+        raise UsageError(f"{shown}: these must be whole numbers; check the launcher's environment") from None
+    if not 0 <= here.rank < here.world or here.local_rank < 0:
+        raise UsageError(f"RANK={here.rank} is not below WORLD_SIZE={here.world}; check the launcher's environment")
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if here.world > 1 and absent:
+        raise UsageError(f"WORLD_SIZE={here.world} but {' and '.join(absent)} not set; the ranks cannot find each other")
+    return here
+
+
+def digest(*parts: bytes | str | float) -> float:
+    """52 bits of the xxh3-128 of `parts`, as a float64 that holds them exactly."""
+    raw = [p if isinstance(p, bytes) else p.encode() if isinstance(p, str) else struct.pack("<d", p) for p in parts]
+    return float(int(digest_bytes(b"\0".join(raw))[:_DIGEST_HEX], 16))
+
+
+class Gathering:
+    """Numbers on their way from every rank to every rank."""
+
+    def __init__(self, work: Any, table: list[Any]) -> None:
+        self._work, self._table = work, table
+
+    def wait(self) -> list[list[float]]:
+        """The numbers by rank."""
+        if self._work is not None:
+            self._work.wait()
+        return [row.tolist() if hasattr(row, "tolist") else row for row in self._table]
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Digests of what this rank is about to do, travelling while it already does it."""
+
+    names: tuple[str, ...]
+    gathering: Gathering
+
+    def check(self, step: int) -> None:
+        """Compare with the other ranks.
+
+        Raises:
+            MegapriorError: a rank differs; every rank raises it, naming that rank and the field.
+        """
+        table = self.gathering.wait()
+        for rank, row in enumerate(table):
+            for name, mine, first in zip(self.names, row, table[0], strict=True):
+                if mine != first:
+                    raise MegapriorError(
+                        f"step {step}: rank {rank} differs from rank 0 in {name} (digest {int(mine):013x} against "
+                        f"{int(first):013x}); nothing was updated. Do all machines see the same files, versions and options?"
+                    )
+
+
+class Peers:
+    """The control channel between `place.world` processes; every method is called by all of them in the same order."""
+
+    def __init__(self, place: Place, *, group: Any = None, store: Any = None) -> None:
+        self.place, self.group, self.store = place, group, store
+
+    def start_gather(self, values: Sequence[float]) -> Gathering:
+        """Send `values` (the same count on every rank) to all ranks without waiting."""
+        if self.place.world == 1:
+            return Gathering(None, [list(values)])
+        import torch
+        import torch.distributed as dist
+
+        mine = torch.tensor(values, dtype=torch.float64)
+        table = [torch.empty_like(mine) for _ in range(self.place.world)]
+        return Gathering(dist.all_gather(table, mine, group=self.group, async_op=True), table)
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's `values`, by rank."""
+        return self.start_gather(values).wait()
+
+    def announce(self, fields: Mapping[str, float]) -> Announcement:
+        """Send digests of named things that must be equal on all ranks; `check` them later."""
+        return Announcement(tuple(fields), self.start_gather(list(fields.values())))
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank (any small picklable object)."""
+        return self.gather_objects(value if self.place.rank == 0 else None)[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank (small picklable objects)."""
+        if self.place.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.place.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def settle(self, error: Exception | None = None) -> None:
+        """Meet all ranks; when any of them brings an error, all of them raise one.
+
+        Raises:
+            Exception: this rank's own `error`, or a MegapriorError that quotes the first rank that has one.
+        """
+        found = self.gather_objects(f"{type(error).__name__}: {error}" if error is not None else None)
+        if error is not None:
+            raise error
+        for rank, message in enumerate(found):
+            if message is not None:
+                raise MegapriorError(f"rank {rank} failed: {message}")
+
+    def silent_ranks(self, *, wait_s: float = 3.0) -> list[int]:
+        """After contact was lost: the ranks that do not report within `wait_s`; rank 0 when its store is gone."""
+        try:
+            self.store.set(f"lost/{self.place.rank}", "1")
+            time.sleep(wait_s)
+            return [rank for rank in range(self.place.world) if not self.store.check([f"lost/{rank}"])]
+        except Exception:  # the store lives in rank 0's process or its launcher; whatever is raised, it does not answer
+            return [0]
+
+    def close(self) -> None:
+        """Leave the process groups, so that a later run in this process can form its own."""
+        if self.place.world > 1:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def connect(here: Place, *, backend: str, timeout_s: float) -> Peers:
+    """Form the default process group (`backend`: "gloo" or "nccl") and the control channel beside it.
+
+    Raises:
+        UsageError: the ranks cannot meet at MASTER_ADDR:MASTER_PORT.
+    """
+    if here.world == 1:
+        return Peers(here)
+    import torch.distributed as dist
+
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", here.rank, here.world, timeout=limit))
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=limit)
+        return Peers(here, group=dist.new_group(backend="gloo", timeout=limit), store=store)
+    except (RuntimeError, ValueError) as error:  # DistError derives from RuntimeError
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"rank {here.rank} of {here.world} cannot meet the others at {where} ({reason}); is another job still using that "
+            "port (choose another --master_port), and can every machine reach that address?"
+        ) from error
+
+
+class Watchdog:
+    """Ends this process when it makes no progress for `timeout_s`, naming the ranks that do not answer.
+
+    A frozen peer otherwise stops the whole job without a word. Code that holds the interpreter's lock is ended by
+    faulthandler, half a minute later and with a traceback.
+    """
+
+    _GRACE_S = 30.0
+
+    def __init__(self, peers: Peers, *, timeout_s: float) -> None:
+        self._peers, self._timeout_s = peers, timeout_s
+        self._last, self._doing = time.monotonic(), "start"
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="megaprior-watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._peers.place.world > 1:
+            self.beat("start")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        if self._peers.place.world > 1:
+            faulthandler.cancel_dump_traceback_later()
+
+    def beat(self, doing: str) -> None:
+        """Progress was made; `doing` is what comes next."""
+        self._last, self._doing = time.monotonic(), doing
+        if self._peers.place.world > 1:
+            faulthandler.dump_traceback_later(self._timeout_s + self._GRACE_S, exit=True)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(5.0, self._timeout_s / 4)):
+            if time.monotonic() - self._last > self._timeout_s:
+                self._end()
+
+    def _end(self) -> None:
+        silent = self._peers.silent_ranks()
+        blame = f"rank {', '.join(map(str, silent))} does not answer" if silent else "all ranks answer but none goes on"
+        print(
+            f"megaprior: error: rank {self._peers.place.rank} made no progress for {self._timeout_s:.0f} s during "
+            f"{self._doing}: {blame}; the job ends. Repeat the command to go on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)

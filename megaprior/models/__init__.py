@@ -1,0 +1,1 @@
+"""Models: tensors in, tensors out. They know nothing of shards, batches or training."""

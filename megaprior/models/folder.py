@@ -1,0 +1,90 @@
+"""Reading a model's folder: Hugging Face layout, safetensors only, every tensor accounted for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from transformers import LlamaConfig
+
+from megaprior.errors import DataError
+from megaprior.models import attention
+
+if TYPE_CHECKING:
+    from megaprior.models.lm import TextLM
+
+Model = TypeVar("Model", bound="TextLM")
+
+
+def model_type(folder: Path | str) -> str:
+    """The model_type that the folder's config.json names.
+
+    Raises:
+        DataError: no such file, or not JSON.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file; a model is a Hugging Face folder with config.json and safetensors"
+        ) from None
+    except (ValueError, AttributeError):
+        raise DataError(f"{path}: not a model's configuration") from None
+
+
+def read_llama_config(folder: Path | str) -> LlamaConfig:
+    """The configuration of a folder of model_type "llama"; DataError where it is another."""
+    kind = model_type(folder)
+    if kind != LlamaConfig.model_type:
+        raise DataError(f"{folder}: model_type is {kind!r}, a text LM is a {LlamaConfig.model_type!r}")
+    return LlamaConfig.from_pretrained(folder, local_files_only=True)
+
+
+def from_folder(
+    kind: type[Model],
+    folder: Path | str,
+    *,
+    dtype: str,
+    backend: attention.Backend,
+    llama: LlamaConfig | None = None,
+    fresh: Set[str] = frozenset(),
+    seed: int = 0,
+) -> Model:
+    """Weights of a folder, safetensors only, every tensor accounted for; in evaluation mode.
+
+    Args:
+        llama: a configuration in place of the folder's own.
+        fresh: names that the folder lacks; they are drawn from the seed.
+
+    Raises:
+        DataError: no safetensors, or weights missing, left over or of another shape.
+    """
+    source = {} if llama is None else {"config": llama}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, report = kind.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **source,
+            )
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{folder}: no readable safetensors weights: {' '.join(str(error).split())}") from None
+    for problem, names in (
+        ("lacks", set(report["missing_keys"]) - fresh),
+        ("has unknown", set(report["unexpected_keys"])),
+        ("has ill-shaped", {name for name, *_ in report["mismatched_keys"]}),
+    ):
+        if names:
+            raise DataError(
+                f"{folder}: {problem} {len(names)} tensors, {min(names)} among them: not this model's folder"
+            )
+    model.attention = backend
+    return model

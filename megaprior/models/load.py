@@ -1,0 +1,23 @@
+"""A model of whatever kind a folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megaprior.models import attention
+from megaprior.models.folder import model_type
+from megaprior.models.lm import TextLM, load_text_lm
+from megaprior.models.ulvlm import ULVLMConfig, load_ulvlm
+
+
+def load_model(folder: Path | str, *, dtype: str = "float32", backend: attention.Backend = "auto") -> TextLM:
+    """The text LM or U-LVLM that the folder's config.json names, in evaluation mode.
+
+    Args:
+        dtype: of the parameters, "float32" or "bfloat16".
+
+    Raises:
+        DataError: no such folder, an unknown kind of model, no safetensors, or weights missing or of another shape.
+    """
+    load = load_ulvlm if model_type(folder) == ULVLMConfig.model_type else load_text_lm
+    return load(folder, dtype=dtype, backend=backend)

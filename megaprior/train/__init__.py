@@ -1,0 +1,1 @@
+"""One loop, two engines, checkpoints that resume exactly."""

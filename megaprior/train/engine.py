@@ -1,0 +1,159 @@
+"""What the loop asks of an engine, and the plain one: PyTorch on one process.
+
+A step is: `accumulate` every row of the batch, `sums` once (the only wait for the device), then `update` or `discard`.
+Rows are micro-steps: gradients add up because every row is divided by the same D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megaprior.distributed import Place
+from megaprior.train.optim import OptimConfig, adamw
+
+if TYPE_CHECKING:
+    from megaprior.data.samples import Batch
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Engine(Protocol):
+    """The methods that the loop, evaluation and checkpoints use; collective ones are called by all ranks alike."""
+
+    name: str
+    place: Place
+    module: nn.Module  # Step(model, objective)
+
+    def accumulate(self, row: Batch, *, last: bool) -> None:
+        """Forward and backward of one row; `last` marks the step's final one. Never waits for the device."""
+
+    def sums(self) -> list[float]:
+        """[loss, NLL, squared gradient norm] of this rank's share of the step: sums over ranks are the step's own."""
+
+    def update(self, *, lr: float, scale: float) -> None:
+        """Multiply the gradients with `scale`, apply AdamW at `lr`, clear them."""
+
+    def discard(self) -> None:
+        """Drop what was accumulated."""
+
+    def evaluate(self, row: Batch) -> Tensor:
+        """NLL of the row's loss tokens, float32 [N], without gradients."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the model, tensor on the CPU) one by one; tied ones once. Collective."""
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the module, accumulated gradient in float32 on the CPU) one by one. Collective."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write everything that resuming needs into `folder`. Collective."""
+
+    def load_state(self, folder: Path, *, world: int) -> None:
+        """Read what `save_state` wrote with `world` processes. Collective."""
+
+
+class Sums:
+    """Sums of a step on the device, in float64 so that their order hardly matters."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, nll: Tensor) -> None:
+        """Count one row's loss (0-d) and NLL [N]."""
+        self._totals += torch.stack((loss.detach().double(), nll.detach().sum(dtype=torch.float64)))
+
+    def take(self, gradients: list[Tensor]) -> list[float]:
+        """[loss, NLL, squared norm of `gradients`], and start again: the one wait of a step."""
+        squares = [torch.linalg.vector_norm(g).double().square() for g in gradients]
+        norm = torch.stack(squares).sum() if squares else self._totals.new_zeros(())
+        values = torch.cat((self._totals, norm.to(self._totals.device).reshape(1))).tolist()
+        self._totals.zero_()
+        return values
+
+
+def model_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter | Tensor]]:
+    """Parameters and saved buffers of the model inside Step(model, objective), named as in the model."""
+    model: Any = module.model
+    saved = model.state_dict(keep_vars=True)
+    seen: set[int] = set()
+    for name, tensor in saved.items():
+        if id(tensor) not in seen:  # a tied head is the embedding itself
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+class LocalEngine:
+    """Plain PyTorch: laptops, tests, and what the ZeRO-3 engine is compared with. bf16 is autocast over fp32 weights."""
+
+    name = "local"
+
+    def __init__(self, module: nn.Module, optim: OptimConfig, *, precision: Precision, device: torch.device) -> None:
+        self.place, self.device, self.module = Place(), device, module.to(device).train()
+        self._precision = precision
+        self._optimizer = adamw(self.module, optim, fused=True)
+        self._sums = Sums(device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def accumulate(self, row: Batch, *, last: bool) -> None:
+        """See `Engine`; every row is treated alike here."""
+        with self._autocast():
+            loss, nll = self.module(row.to(self.device))
+        loss.backward()
+        self._sums.add(loss, nll)
+
+    def sums(self) -> list[float]:
+        """See `Engine`."""
+        return self._sums.take([p.grad for p in self.module.parameters() if p.grad is not None])
+
+    def update(self, *, lr: float, scale: float) -> None:
+        """See `Engine`."""
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], scale)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        """See `Engine`."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._sums = Sums(self.device)
+
+    def evaluate(self, row: Batch) -> Tensor:
+        """See `Engine`."""
+        self.module.eval()
+        with torch.no_grad(), self._autocast():
+            _, nll = self.module(row.to(self.device))
+        self.module.train()
+        return nll.float().cpu()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`."""
+        for name, tensor in model_weights(self.module):
+            yield name, tensor.detach().cpu()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad.detach().float().cpu()
+
+    def save_state(self, folder: Path) -> None:
+        """See `Engine`."""
+        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "local.pt")
+
+    def load_state(self, folder: Path, *, world: int) -> None:
+        """See `Engine`; nothing but tensors and plain values is unpickled."""
+        saved = torch.load(folder / "local.pt", map_location=self.device, weights_only=True)
+        self.module.load_state_dict(saved["module"])
+        self._optimizer.load_state_dict(saved["optimizer"])
