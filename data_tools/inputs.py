@@ -54,12 +54,17 @@ class OpenInput:
         return self._raw.tell()
 
 
+def is_gzipped(path: Path) -> bool:
+    """Whether the content, not the name, says gzip."""
+    with open(path, "rb") as file:
+        return file.read(2) == _GZIP
+
+
 @contextmanager
 def open_input(path: Path) -> Iterator[OpenInput]:
     """Open a plain or gzipped file; the content decides which it is, not the name."""
+    packed = is_gzipped(path)
     with open(path, "rb") as raw:
-        packed = raw.read(2) == _GZIP
-        raw.seek(0)
         if not packed:
             yield OpenInput(raw, raw)
             return

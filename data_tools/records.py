@@ -70,19 +70,25 @@ def find_images(source: Source, options: BuildOptions) -> Path:
     record, column = peek_record(source, options) or {}, options.image_column
     name = record.get(column)
     if name is None:
-        url = next((key for key in ("url", "image_url", "URL") if key in record), None)
-        if url is not None:
-            caption = next((key for key in (options.caption_column, "caption") if key in record), "caption")
-            advice = download_advice(source.path.name, source.format, url, str(caption))
-            raise Unfit(f"a list of image URLs, not of images; {advice} (or take the captions alone with --text)")
         columns = ", ".join(map(repr, record)) or "none"
-        raise Unfit(f"no column '{column}' (columns: {columns}); name it with --image-column, or take captions alone with --text")
+        links = [key for key, value in record.items() if str(value).startswith(("http://", "https://"))]
+        if links:
+            url = next((key for key in ("url", "image_url", "URL") if key in links), links[0])
+            caption, header = caption_column(record, options), ""
+            if url.isdigit():
+                url, caption, header = "url", "caption", "put a header line, 'caption' and 'url', on top; "
+            advice = download_advice(source.path.name, source.format, url, caption)
+            raise Unfit(f"a list of image URLs, not of images; {header}{advice} (or take captions alone with --text)")
+        raise Unfit(
+            f"no column '{column}' (columns: {columns}); name it with --image-column, or take captions alone with --text"
+        )
     if options.images is not None:
         return options.images
     for folder in (source.path.parent / "images", source.path.parent):
         if isinstance(name, str) and (folder / name).is_file():
             return folder
-    raise Unfit(f"its first image {name!r} is neither in images/ beside it nor beside it; add --images DIR, or --text for captions alone")
+    where = "neither beside it nor in images/ beside it"
+    raise Unfit(f"its first image {name!r} is {where}; add --images DIR, or --text for captions alone")
 
 
 def check_columns(source: Source, options: BuildOptions) -> None:
@@ -94,7 +100,8 @@ def check_columns(source: Source, options: BuildOptions) -> None:
     record = peek_record(source, options)
     if record is not None and (column := caption_column(record, options)) not in record:
         columns = ", ".join(map(repr, record)) or "none"
-        raise Unfit(f"no column '{column}' (columns: {columns}); name it with --caption-column")
+        example = ", for example --caption-column 0" if "0" in record else ""
+        raise Unfit(f"no column '{column}' (columns: {columns}); name it with --caption-column{example}")
 
 
 def _records(stream: IO[bytes], format: str, options: BuildOptions) -> Iterator[tuple[str, Record | Rejected]]:

@@ -13,8 +13,8 @@ WORD_CLASSES = 3  # 0 boilerplate, 1 image-related, 2 noise
 Words = tuple[tuple[int, int, int], ...]
 
 
-class Unfit(Exception):  # noqa: N818 (a reason, not an error: the sample is quarantined and the work goes on)
-    """Why one record cannot become a sample."""
+class Unfit(Exception):
+    """Why one record cannot become a sample: it goes to quarantine and the work goes on."""
 
     @property
     def reason(self) -> str:
@@ -138,6 +138,8 @@ def _checked(text: str, words: Any, options: BuildOptions) -> dict[str, Any]:
     for word in words:
         whole = isinstance(word, list) and len(word) == 3 and all(type(part) is int for part in word)
         if not whole or not 0 <= word[0] < word[1] <= limit or not 0 <= word[2] < WORD_CLASSES:
-            raise Unfit(f"words do not fit: {str(word)[:60]}, expected [start_byte, end_byte, class] in {limit} bytes, class 0-2")
+            raise Unfit(
+                f"words do not fit: {str(word)[:60]}, expected [start_byte, end_byte, class] in {limit} bytes, class 0-2"
+            )
         moved.append((word[0] - shift, word[1] - shift, word[2]))
     return {"text": stripped, "words": tuple(moved)}

@@ -1,6 +1,6 @@
 """WebDataset tars as img2dataset writes them, read front to back; nothing is ever extracted.
 
-    000000017.jpg  000000017.txt  000000017.json    one sample: neighbours that share the name up to its first dot
+One sample is a run of neighbours whose names agree up to the first dot: 000000017.jpg, 000000017.txt, 000000017.json.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def read_tar(stream: IO[bytes], options: BuildOptions) -> Iterator[Sample | Reje
             yield Rejected(key="(end of archive)", reason=member.reason)
             return
         elif member.key in finished:
-            yield Rejected(key=member.name, reason="duplicate key: an earlier sample has it; members must be neighbours")
+            yield Rejected(
+                key=member.name, reason="duplicate key: an earlier sample has it; members must be neighbours"
+            )
         elif member.key == key and member.suffix in members:
             yield Rejected(key=member.name, reason="duplicate member: the sample has one of that name")
         else:

@@ -12,13 +12,15 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from megaprior.errors import MegapriorError, UsageError
 from megaprior.files import digest_bytes
+
+T = TypeVar("T")
 
 _DIGEST_HEX = 13  # 52 bits: an integer of that size is exact in the float64 that travels
 
@@ -50,7 +52,9 @@ def place(environment: Mapping[str, str] | None = None) -> Place:
                 )
         return Place()
     if missing:
-        raise UsageError(f"{', '.join(missing)} not set while {' and '.join(set(names) - set(missing))} is; set all or none")
+        raise UsageError(
+            f"{', '.join(missing)} not set while {' and '.join(set(names) - set(missing))} is; set all or none"
+        )
     try:
         here = Place(*(int(env[name]) for name in names))
     except ValueError:
@@ -60,7 +64,9 @@ def place(environment: Mapping[str, str] | None = None) -> Place:
         raise UsageError(f"RANK={here.rank} is not below WORLD_SIZE={here.world}; check the launcher's environment")
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
     if here.world > 1 and absent:
-        raise UsageError(f"WORLD_SIZE={here.world} but {' and '.join(absent)} not set; the ranks cannot find each other")
+        raise UsageError(
+            f"WORLD_SIZE={here.world} but {' and '.join(absent)} not set; the ranks cannot find each other"
+        )
     return here
 
 
@@ -157,6 +163,21 @@ class Peers:
         for rank, message in enumerate(found):
             if message is not None:
                 raise MegapriorError(f"rank {rank} failed: {message}")
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and give its (small, picklable) result to all ranks.
+
+        Raises:
+            Exception: what `work` raised, on rank 0; a MegapriorError that quotes it elsewhere.
+        """
+        value, error = None, None
+        if self.place.rank == 0:
+            try:
+                value = work()
+            except Exception as found:  # the peers are told before it is raised
+                error = found
+        self.settle(error)
+        return self.share(value)
 
     def silent_ranks(self, *, wait_s: float = 3.0) -> list[int]:
         """After contact was lost: the ranks that do not report within `wait_s`; rank 0 when its store is gone."""

@@ -126,8 +126,8 @@ def by_position(w: np.ndarray, cu: np.ndarray, *, at_least: int = 20, most: int 
 def importance_summary(scores: CaptionScores) -> dict[str, Any]:
     """Everything the report says about importance, as plain numbers; what is not known is None.
 
-    AUROC ranks by r rather than w: the order is the same, and r never saturates where w rounds to 1. The closing token of a caption
-    (its EOS) belongs to no word and stays out of `related_fraction` and of the AUROCs.
+    AUROC ranks by r rather than w: the order is the same, and r never saturates where w rounds to 1. The closing token of a
+    caption (its EOS) belongs to no word and stays out of `related_fraction` and of the AUROCs.
     """
     w = scores.importance
     truth = scores.word_class

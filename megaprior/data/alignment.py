@@ -33,13 +33,15 @@ def shard_problems(manifest: dict[str, Any], streams: dict[str, IndexedStream]) 
     low, high, _, _ = _extremes(tokens)
     if total and not 0 <= low <= high < vocabulary:
         yield f"token ids from {low} to {high} in a vocabulary of {vocabulary:,}"
+    if manifest["lengths_digest"] != mf.lengths_digest(tokens.lengths):
+        yield "the digest of lengths is not that of tokens"
     if "image_sizes" in streams:
         sizes = streams["image_sizes"]
-        if (sizes.lengths != 2).any() or _extremes(sizes)[0] < 1:
+        if (sizes.lengths != 2).any() or (len(sizes) and _extremes(sizes)[0] < 1):
             yield "image_sizes is not one width and height, at least 1, for each sample"
     if "word_class" in streams:
         yield from length_problems("word_class", streams["word_class"], tokens)
-        if _extremes(streams["word_class"])[1] > 2:
+        if (_extremes(streams["word_class"])[1] or 0) > 2:
             yield "word_class holds classes above 2"
     yield from _span_problems(streams.get("loss_spans"), tokens, counts)
 
@@ -72,6 +74,13 @@ def length_problems(name: str, stream: IndexedStream, tokens: IndexedStream) -> 
         yield f"{name} has {stream.lengths[at]} entries at sample {at}, which has {tokens.lengths[at]} tokens"
 
 
+def span_problem(edges: np.ndarray, tokens: int) -> str | None:
+    """What is wrong with one sample's loss spans, int64 [2 * spans], given its number of tokens."""
+    if len(edges) % 2 or (np.diff(edges) < 0).any() or (len(edges) and (edges[0] < 0 or edges[-1] > tokens)):
+        return f"loss spans {edges.tolist()} are not ascending [start, end) pairs within {tokens} tokens"
+    return None
+
+
 def _index_problems(name: str, stream: IndexedStream, counts: dict[str, Any]) -> Iterator[str]:
     """Sequences must touch and fill the .bin; only images may share bytes."""
     lengths, pointers, documents = stream.lengths.astype(np.int64), stream.pointers, stream.documents
@@ -100,9 +109,9 @@ def _span_problems(spans: IndexedStream | None, tokens: IndexedStream, counts: d
     else:
         loss_tokens = 0
         for sample in range(len(spans)):
-            edges, k = spans[sample].astype(np.int64), int(tokens.lengths[sample])
-            if len(edges) % 2 or (np.diff(edges) < 0).any() or (len(edges) and (edges[0] < 0 or edges[-1] > k)):
-                yield f"loss spans {edges.tolist()} of sample {sample} are not ascending [start, end) pairs within {k} tokens"
+            edges = spans[sample].astype(np.int64)
+            if problem := span_problem(edges, int(tokens.lengths[sample])):
+                yield f"sample {sample}: {problem}"
                 return
             loss_tokens += int((edges[1::2] - edges[::2]).sum())
     if loss_tokens != counts["loss_tokens"]:

@@ -32,6 +32,7 @@ _FORMATS = (
 _REFUSED = (
     (b"II*\0", "tiff"),
     (b"MM\0*", "tiff"),
+    (b"II+\0", "tiff"),
     (b"%!PS", "eps"),
     (b"\xc5\xd0\xd3\xc6", "eps"),
     (b"%PDF", "pdf"),
@@ -123,6 +124,8 @@ def _format(data: bytes) -> str:
     for magic, name in _FORMATS:
         if data.startswith(magic):
             return name
+    if data[4:8] == b"ftyp":
+        raise ImageError("heif", f"{len(data):,} bytes of AVIF, HEIC or video; JPEG, PNG, WebP, GIF and BMP are read")
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.lower().startswith(b"<?xml") or head.startswith(b"<!--"):
         head = b"<svg" if b"<svg" in data[:4096].lower() else b"<html"
@@ -198,7 +201,7 @@ def _orientation(picture: ImageFile.ImageFile) -> int:
         value = Image.Image.getexif(picture).get(_EXIF_ORIENTATION, 1)
     except Exception:  # a broken EXIF block does not spoil the picture
         return 1
-    return value if value in range(1, 9) else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _turned_size(picture: ImageFile.ImageFile) -> tuple[int, int]:
@@ -235,4 +238,4 @@ def _flattened(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")

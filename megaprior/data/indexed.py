@@ -12,6 +12,7 @@ Letters: N sequences, D document boundaries.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from array import array
 from contextlib import ExitStack, suppress
@@ -32,6 +33,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 CODES = {np.dtype(text): code for code, text in DTYPES.items()}
 _UINT16_VOCABULARY = 65_500
+_LONGEST = 2**31 - 1
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -87,6 +89,11 @@ class IndexedWriter:
         return len(self._lengths)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int32 [sequences so far], in elements."""
+        return np.array(self._lengths, np.int32)
+
+    @property
     def document_count(self) -> int:
         """Documents ended so far."""
         return len(self._documents) - 1
@@ -121,11 +128,13 @@ class IndexedWriter:
             sequence = np.frombuffer(sequence, np.uint8)
         data = np.asarray(sequence)
         where = f"{self.prefix} sequence {len(self)}"
-        if data.ndim != 1:
-            raise DataError(f"{where}: {data.ndim} dimensions, expected 1")
-        if self.dtype.kind in "iu" and data.size and data.dtype != self.dtype:
+        if data.ndim != 1 or data.size > _LONGEST:
+            raise DataError(f"{where}: shape {data.shape}, expected one dimension of at most {_LONGEST:,}")
+        if data.size and data.dtype.kind not in ("iu" if self.dtype.kind in "iu" else "iuf"):
+            raise DataError(f"{where}: {data.dtype} values in a stream of {self.dtype.name}")
+        if data.size and data.dtype != self.dtype and self.dtype.kind in "iu":
             limits = np.iinfo(self.dtype)
-            if data.dtype.kind not in "iu" or data.min() < limits.min or data.max() > limits.max:
+            if data.min() < limits.min or data.max() > limits.max:
                 raise DataError(f"{where}: values {data.min()} to {data.max()} do not fit {self.dtype.name}")
         return data.astype(self.dtype, copy=False)
 
@@ -182,8 +191,8 @@ class IndexedStream:
                 _check_size(path, expect[entry]["bytes"], "the manifest")
         self.dtype, self._count, self._boundaries = _read_header(self.idx)
         _check_size(self.idx, HEADER.size + 12 * self._count + 8 * self._boundaries, "its header")
-        self._index: bytes | mmap.mmap | None = None
-        self._data: bytes | mmap.mmap | None = None
+        self._index: mmap.mmap | None = None
+        self._data: mmap.mmap | None = None
         self._bytes = self.bin.stat().st_size
         if expect is None:
             ends = self.pointers + self.lengths.astype(np.int64) * self.dtype.itemsize
@@ -198,9 +207,10 @@ class IndexedStream:
         return self._count
 
     def _section(self, dtype: str, count: int, offset: int) -> np.ndarray:
-        if self._index is None:
-            self._index = _map(self.idx)
-        return np.frombuffer(self._index, dtype, count, offset)
+        index = self._index  # a local: another thread may close the stream meanwhile
+        if index is None:
+            index = self._index = _map(self.idx, HEADER.size + 12 * self._count + 8 * self._boundaries)
+        return np.frombuffer(index, dtype, count, offset)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -239,9 +249,12 @@ class IndexedStream:
         return self._view(self._bytes // self.dtype.itemsize, 0)
 
     def _view(self, length: int, pointer: int) -> np.ndarray:
-        if self._data is None:
-            self._data = _map(self.bin)
-        return np.frombuffer(self._data, self.dtype, length, pointer)
+        if length == 0:
+            return np.empty(0, self.dtype)  # an empty file cannot be mapped
+        data = self._data
+        if data is None:
+            data = self._data = _map(self.bin, self._bytes)
+        return np.frombuffer(data, self.dtype, length, pointer)
 
     def close(self) -> None:
         """Drop the mappings; views that are still held keep theirs, and the next access maps again."""
@@ -270,8 +283,9 @@ def _check_size(path: Path, expected: int, source: str) -> None:
         )
 
 
-def _map(path: Path) -> bytes | mmap.mmap:
+def _map(path: Path, expected: int) -> mmap.mmap:
     with open(path, "rb") as file:
-        if path.stat().st_size == 0:
-            return b""  # an empty file cannot be mapped
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        found = os.fstat(file.fileno()).st_size
+        if found != expected:
+            raise DataError(f"{path}: {found:,} bytes, {expected:,} when it was opened; it was replaced, open it again")
+        return mmap.mmap(file.fileno(), expected, access=mmap.ACCESS_READ)

@@ -36,9 +36,9 @@ def read(path: Path, *, format: str) -> dict[str, Any]:
     """
     try:
         return read_manifest(path, format=format)
-    except DataError as error:
+    except (ValueError, RecursionError) as error:  # beside DataError, what changed bytes can do to JSON
         words = appearance(path) if path.is_file() else ""
-        if not words or "JSON" in words:
+        if isinstance(error, DataError) and (not words or "JSON" in words):
             raise
         raise DataError(f"{path}: not a manifest{words}; copy it again or rebuild the shards") from error
 

@@ -184,6 +184,8 @@ def refuse_misaligned(shard: Shard, stream: IndexedStream, name: str) -> None:
         DataError: they differ, naming the first sample where they do.
     """
     tokens, scores = shard.streams["tokens"].lengths, stream.lengths
+    if stream.dtype != np.float32:
+        raise DataError(f"{stream.idx}: {stream.dtype} scores, expected float32; score again")
     if len(scores) != len(tokens):
         raise DataError(
             f"{shard.name}: {name!r} has {len(scores):,} samples, the shard has {len(tokens):,}; score again"

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from megaprior.data import manifest as mf
+from megaprior.data.alignment import span_problem
 from megaprior.data.indexed import IndexedWriter, token_dtype
 from megaprior.errors import DataError
-from megaprior.files import block_digests, write_manifest
-from megaprior.tokenizer import Tokenizer
+from megaprior.files import atomic_folder, block_digests, write_manifest
+from megaprior.tokenizer import Tokenizer, load_tokenizer
+
+MAX_SIDE = 2**31 - 1
 
 
 class ShardWriter:
@@ -94,20 +97,26 @@ class ShardWriter:
             DataError: no token, an id outside the vocabulary, a class or span that does not fit, a missing image.
         """
         where = f"{self.folder.name}/{self.prefix} sample {len(self)} (key {key})"
-        tokens = np.asarray(tokens)
-        self._check(where, tokens, image_size, loss_spans, word_class)
+        tokens, alias = np.asarray(tokens), self._images.get(image_key)
+        self._check_tokens(where, tokens, loss_spans, word_class)
+        self._check_image(where, image, image_size, alias)
         spans = None if loss_spans is None else np.asarray(loss_spans, np.int64).reshape(-1)
-        row = {"tokens": tokens, "keys": key.encode("utf-8", "surrogateescape")}
-        if self.kind == "pairs":
-            row["image_sizes"] = np.asarray(image_size)
-        if spans is not None:
-            row["loss_spans"] = spans
-        if word_class is not None:
-            row["word_class"] = np.asarray(word_class)
+        # From here on nothing can be refused: a sample is in every stream or in none.
+        row = {
+            "tokens": tokens,
+            "keys": key.encode("utf-8", "backslashreplace"),
+            "image_sizes": image_size,
+            "loss_spans": spans,
+            "word_class": word_class,
+        }
         for name, sequence in row.items():
-            self._stream(name).add(sequence)
+            if sequence is not None:
+                self._stream(name).add(sequence)
         if self.kind == "pairs":
-            self._add_image(where, image, image_key)
+            index = self._stream("images").add(image or b"", alias=alias)
+            self._counts["images"] += alias is None
+            if image_key is not None:
+                self._images.setdefault(image_key, index)
         self._counts["samples"] += 1
         self._counts["tokens"] += len(tokens)
         self._counts["loss_tokens"] += len(tokens) if spans is None else int((spans[1::2] - spans[::2]).sum())
@@ -117,27 +126,28 @@ class ShardWriter:
                 stream.end_document()
         return len(self) - 1
 
-    def _check(self, where: str, tokens: np.ndarray, image_size: Any, loss_spans: Any, word_class: Any) -> None:
-        k, vocabulary = len(tokens), self._tokenizer["vocab_size"]
-        if k == 0:
-            raise DataError(f"{where}: no token; a caption holds at least its EOS")
+    def _check_tokens(self, where: str, tokens: np.ndarray, loss_spans: Any, word_class: Any) -> None:
+        k, vocabulary = tokens.size, self._tokenizer["vocab_size"]
+        if k == 0 or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise DataError(f"{where}: {k} tokens of {tokens.dtype}; a caption is a list of ids, at least its EOS")
         if tokens.min() < 0 or tokens.max() >= vocabulary:
             raise DataError(f"{where}: token ids {tokens.min()} to {tokens.max()} in a vocabulary of {vocabulary:,}")
-        if (self.kind == "pairs") != (image_size is not None):
-            raise DataError(
-                f"{where}: a sample of kind {self.kind!r} {'needs' if image_size is None else 'takes no'} image"
-            )
-        if word_class is not None and len(word_class) != k:
-            raise DataError(f"{where}: {len(word_class)} word classes for {k} tokens")
-        if loss_spans is not None:
-            edges = np.asarray(loss_spans, np.int64).reshape(-1)
-            if len(edges) % 2 or (np.diff(edges) < 0).any() or (len(edges) and (edges[0] < 0 or edges[-1] > k)):
-                raise DataError(
-                    f"{where}: loss spans {edges.tolist()} are not ascending [start, end) pairs within {k} tokens"
-                )
+        if word_class is not None and (np.shape(word_class) != (k,) or not np.isin(word_class, (0, 1, 2)).all()):
+            raise DataError(f"{where}: {np.size(word_class)} word classes for {k} tokens, each must be 0, 1 or 2")
+        if loss_spans is not None and (problem := span_problem(np.asarray(loss_spans, np.int64).reshape(-1), k)):
+            raise DataError(f"{where}: {problem}")
         for name, value in (("loss_spans", loss_spans), ("word_class", word_class)):
             if len(self) and (value is not None) != (name in self._streams):
                 raise DataError(f"{where}: {name} must be given for every sample of a shard or for none")
+
+    def _check_image(self, where: str, image: bytes | None, size: tuple[int, int] | None, alias: int | None) -> None:
+        if self.kind == "text":
+            if image is not None or size is not None:
+                raise DataError(f"{where}: an image in a shard of kind 'text'; build it as 'pairs'")
+        elif size is None or len(size) != 2 or min(size) < 1 or max(size) > MAX_SIDE:
+            raise DataError(f"{where}: image size {size}, expected (width, height), each 1 to {MAX_SIDE:,}")
+        elif not image and alias is None:
+            raise DataError(f"{where}: no image; quarantine the sample or give its bytes")
 
     def _stream(self, name: str) -> IndexedWriter:
         if name not in self._streams:
@@ -146,17 +156,6 @@ class ShardWriter:
             writer = IndexedWriter(self.folder / f"{self.prefix}.{name}", dtype)
             self._streams[name] = self._stack.enter_context(writer)
         return self._streams[name]
-
-    def _add_image(self, where: str, image: bytes | None, image_key: str | None) -> None:
-        stream = self._stream("images")
-        alias = self._images.get(image_key) if image_key is not None else None
-        if alias is None and not image:
-            raise DataError(f"{where}: no image; quarantine the sample or give the bytes")
-        index = stream.add(image or b"", alias=alias)
-        if alias is None:
-            self._counts["images"] += 1
-            if image_key is not None:
-                self._images[image_key] = index
 
     def quarantined(self, count: int = 1, *, reason: str = "unspecified") -> None:
         """Count samples of the source that were left out, by reason."""
@@ -167,6 +166,8 @@ class ShardWriter:
         names = mf.REQUIRED_STREAMS[self.kind]
         for name in names:  # a shard whose source gave no usable sample has its streams, with no sequence
             self._stream(name)
+        lengths = self._streams["tokens"].lengths
+        assert all(len(writer) == len(lengths) for writer in self._streams.values()), "a failed add was ignored"
         streams = {name: writer.finish() for name, writer in self._streams.items()}
         if "images" in streams:
             streams["images"]["aliased"] = True
@@ -181,6 +182,7 @@ class ShardWriter:
             "counts": counts,
             "quarantine": dict(self._reasons),
             "streams": streams,
+            "lengths_digest": mf.lengths_digest(lengths),
             **self._head,
         }
         return write_manifest(self.path, body)
@@ -194,8 +196,12 @@ def write_build(
     tokenizer: Tokenizer,
     options: dict[str, Any],
     counts: dict[str, Any],
+    files: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Copy the tokenizer into `folder/tokenizer` and write build.json, which makes the folder readable.
+
+    Args:
+        files: further files of the folder that belong to the build, relative to it; `verify` then checks their digests.
 
     Raises:
         DataError: no shard, or shards of different kinds, builds or tokenizers.
@@ -206,12 +212,15 @@ def write_build(
     head = {"build_id": build_id, "kind": shard_manifests[0]["kind"], "tokenizer": mf.tokenizer_entry(tokenizer)}
     for manifest in shard_manifests:
         mf.refuse_stranger(f"{folder.name}/{manifest['prefix']}", manifest, head)
-    if not (folder / "tokenizer").is_dir():
-        tokenizer.save(folder / "tokenizer")
-    files = {
-        path.relative_to(folder / "tokenizer").as_posix(): {"bytes": path.stat().st_size, "blocks": block_digests(path)}
-        for path in sorted((folder / "tokenizer").rglob("*"))
-        if path.is_file()
+    if not (folder / "tokenizer").exists():
+        with atomic_folder(folder / "tokenizer") as temporary:
+            tokenizer.save(temporary)
+    mine, carried = mf.tokenizer_entry(tokenizer), mf.tokenizer_entry(load_tokenizer(folder / "tokenizer"))
+    mf.refuse_other_tokenizer(f"{folder}/tokenizer", carried, mine, "the build")
+    paths = [path for path in (folder / "tokenizer").rglob("*") if path.is_file()] + [folder / name for name in files]
+    recorded = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "blocks": block_digests(path)}
+        for path in paths
     }
     shards = [
         {"prefix": m["prefix"], "digest": m["digest"], "samples": m["counts"]["samples"]} for m in shard_manifests
@@ -220,7 +229,7 @@ def write_build(
         "format": mf.BUILD,
         "version": 1,
         **head,
-        "tokenizer_files": files,
+        "files": recorded,
         "shards": shards,
         "options": options,
         "counts": counts,

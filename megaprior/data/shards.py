@@ -11,6 +11,7 @@ Letters: N samples, k tokens of a caption.
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from megaprior.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["ScoreWriter", "Shard", "ShardSet", "ShardWriter", "verify", "write_build"]
 
-# A stream in use takes two mappings and Linux allows a process 65,530: 4,096 shards with up to six streams each.
+# A mapped file holds a descriptor and a mapping (Linux: 65,530 a process); a shard in use maps up to eight files.
 _MAPPED_SHARDS = 4096
+_DESCRIPTORS_PER_SHARD = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +75,7 @@ class Shard:
 
     def key(self, index: int) -> str:
         """The sample's key in its source."""
-        return self.streams["keys"][index].tobytes().decode("utf-8", "surrogateescape")
+        return self.streams["keys"][index].tobytes().decode("utf-8", "replace")
 
     def describe(self, index: int) -> str:
         """For messages: pairs/00000 sample 17 (key 000000017)."""
@@ -91,7 +93,7 @@ class ShardSet:
     Opening reads the manifests and the lengths; sequences are mapped when they are asked for.
 
     Attributes:
-        folder, kind ("pairs" or "text"), build_id, fingerprint (of the tokenizer), shards, options (of the build).
+        folder, build (build.json), kind ("pairs" or "text"), build_id, fingerprint (of the tokenizer), shards.
         score_kind: "logprob", "importance", or None when opened without scores; scorer: its record, or None.
         token_counts: int32 [N], the length of each sample in `tokens`.
     """
@@ -101,13 +103,15 @@ class ShardSet:
         self.kind: str = build["kind"]
         self.build_id: str = build["build_id"]
         self.fingerprint: str = build["tokenizer"]["fingerprint"]
-        self.token_counts = _joined([shard.streams["tokens"].lengths for shard in shards])
+        self.token_counts = np.concatenate([_token_counts(shard) for shard in shards])
         self.score_kind: str | None = None
         self.scorer: dict[str, Any] | None = None
         self._ends = np.cumsum([len(shard) for shard in shards], dtype=np.int64)
         self._score_name = score_name
         self._lock = threading.Lock()
         self._recent: OrderedDict[int, None] = OrderedDict()
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._mapped_shards = max(1, min(_MAPPED_SHARDS, descriptors // _DESCRIPTORS_PER_SHARD))
 
     @classmethod
     def open(cls, folder: Path | str, *, scores: str | None = None, tokenizer: Tokenizer | None = None) -> ShardSet:
@@ -135,8 +139,6 @@ class ShardSet:
         opened = cls(folder, build, shards, scores)
         if scores is not None:
             opened._open_scores(scores)
-        for shard in shards:
-            shard.close()
         return opened
 
     def _open_scores(self, name: str) -> None:
@@ -151,6 +153,7 @@ class ShardSet:
                         "score the whole folder with one scorer"
                     )
             shard.streams[name] = stream
+            shard.close()
         assert first is not None  # a build has at least one shard
         self.score_kind, self.scorer = first["kind"], first["scorer"]
         if first["kind"] == "logprob" and first["first_token"] == "bos":
@@ -164,7 +167,7 @@ class ShardSet:
         """int32 [N, 2], width and height after EXIF rotation; None for text."""
         if self.kind == "text":
             return None
-        return _joined([shard.streams["image_sizes"].flat().reshape(-1, 2) for shard in self.shards])
+        return np.concatenate([_image_sizes(shard) for shard in self.shards])
 
     @property
     def has_word_class(self) -> bool:
@@ -184,11 +187,11 @@ class ShardSet:
         return self.shards[at], int(index - self._ends[at] + len(self.shards[at]))
 
     def _touch(self, at: int) -> None:
-        """Keep at most _MAPPED_SHARDS shards mapped; loaders call this from several threads."""
+        """Unmap the shards that were not asked for lately; loaders call this from several threads."""
         with self._lock:
             self._recent[at] = None
             self._recent.move_to_end(at)
-            if len(self._recent) > _MAPPED_SHARDS:
+            if len(self._recent) > self._mapped_shards:
                 self.shards[self._recent.popitem(last=False)[0]].close()
 
     def _sequence(self, name: str, index: int) -> np.ndarray:
@@ -232,6 +235,24 @@ class ShardSet:
         return load_tokenizer(self.folder / "tokenizer")
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """One aligned array in memory; the views of an index are not aligned."""
-    return np.concatenate(parts).astype(np.int32, copy=False)
+def _token_counts(shard: Shard) -> np.ndarray:
+    """int32 [samples of the shard], copied.
+
+    Raises:
+        DataError: a stream of the same size but with other lengths stands in for the shard's own.
+    """
+    lengths = shard.streams["tokens"].lengths.astype(np.int32)
+    if shard.manifest["lengths_digest"] != mf.lengths_digest(lengths):
+        raise DataError(
+            f"{shard.streams['tokens'].idx}: lengths are not those of the manifest; it is of another build or was changed, "
+            "copy it again or rebuild the shard"
+        )
+    shard.close()
+    return lengths
+
+
+def _image_sizes(shard: Shard) -> np.ndarray:
+    """int32 [samples of the shard, 2], copied."""
+    sizes = shard.streams["image_sizes"].flat().reshape(-1, 2).astype(np.int32)
+    shard.close()
+    return sizes

@@ -31,8 +31,8 @@ class _Verifier:
         build = self._manifest(mf.BUILD_NAME, mf.BUILD) if (self.folder / mf.BUILD_NAME).exists() else None
         if build is None:
             self.found.append(f"{self.folder}: no sound {mf.BUILD_NAME}: the build is not complete, repeat the command")
-        for name, entry in (build or {}).get("tokenizer_files", {}).items():
-            self._file(f"tokenizer/{name}", entry)
+        for name, entry in (build or {}).get("files", {}).items():
+            self._file(name, entry)
         listed = {entry["prefix"]: entry for entry in (build or {}).get("shards", [])}
         present = {path.stem for path in self.folder.glob("*.json") if "." not in path.stem} - {
             Path(mf.BUILD_NAME).stem
@@ -48,7 +48,7 @@ class _Verifier:
         self.known.add(name)
         try:
             body = mf.read(path, format=format)
-        except ValueError as error:  # DataError, or what a changed byte does to a JSON string
+        except DataError as error:
             self.found.append(f"{error} ({path}, block 0)")
             return None
         if path.read_bytes() != (json.dumps(body, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode():

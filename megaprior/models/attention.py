@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from megaprior.errors import UsageError
 
 Backend = Literal["auto", "segments", "masked", "varlen", "flash"]
-NAME = "megaprior"
+ATTENTION = "megaprior"
 
 # A segment joins the group of a longer one while padding it costs at most a fifth of its tokens, or 16 tokens.
 _FILL = 0.8
@@ -38,8 +38,8 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @dataclass(frozen=True)

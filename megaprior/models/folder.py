@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from megaprior.errors import DataError
-from megaprior.models import attention
+from megaprior.models.attention import Backend
 
 if TYPE_CHECKING:
     from megaprior.models.lm import TextLM
@@ -49,7 +50,7 @@ def from_folder(
     folder: Path | str,
     *,
     dtype: str,
-    backend: attention.Backend,
+    backend: Backend,
     llama: LlamaConfig | None = None,
     fresh: Set[str] = frozenset(),
     seed: int = 0,
@@ -65,7 +66,7 @@ def from_folder(
     """
     source = {} if llama is None else {"config": llama}
     try:
-        with torch.random.fork_rng(devices=[]):
+        with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = kind.from_pretrained(
                 folder,
@@ -88,3 +89,19 @@ def from_folder(
             )
     model.attention = backend
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its report of missing tensors: `from_folder` gives an account of its own."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megaprior.config import configclass
 from megaprior.errors import DataError, UsageError
-from megaprior.models import attention
-from megaprior.models.folder import from_folder, read_llama_config
+from megaprior.models.attention import ATTENTION, Backend, make_packing, register
+from megaprior.models.folder import from_folder, quiet, read_llama_config
 from megaprior.models.head import LossHead
 from megaprior.models.outputs import States
 from megaprior.models.presets import PRESETS, Preset
@@ -49,7 +50,7 @@ class ModelConfig:
     limit: int | None = None
     vision_roles: Literal["auto", "append"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: attention.Backend = "auto"
+    attention: Backend = "auto"
 
     @property
     def sizes(self) -> Preset:
@@ -66,11 +67,11 @@ class TextLM(LlamaForCausalLM):
     """
 
     def __init__(self, config: LlamaConfig) -> None:
-        attention.register()
-        config._attn_implementation = attention.NAME
+        register()
+        config._attn_implementation = ATTENTION
         super().__init__(config)
         LossHead.adopt(self.lm_head)
-        self.attention: attention.Backend = "auto"
+        self.attention: Backend = "auto"
 
     def set_output_embeddings(self, new_embeddings: torch.nn.Linear) -> None:
         """As transformers does it (it resizes a vocabulary with a new Linear); the head stays a LossHead."""
@@ -108,7 +109,7 @@ class TextLM(LlamaForCausalLM):
             # (which would wait for the device).
             attention_mask=embeds.new_empty(1, 1, 0, 0),
             use_cache=False,
-            packing=attention.make_packing(cu_seqlens, max_seqlen, backend=self.attention, dtype=dtype),
+            packing=make_packing(cu_seqlens, max_seqlen, backend=self.attention, dtype=dtype),
         )
         return States(hidden=output.last_hidden_state[0], loss_index=loss_index, image_index=patch_index)
 
@@ -133,7 +134,8 @@ class TextLM(LlamaForCausalLM):
         max_shard_size: str = "5GB",
     ) -> None:
         """As transformers' own; a text LM is saved under the name of transformers' class, which is what it is."""
-        super().save_pretrained(save_directory, state_dict=state_dict, max_shard_size=max_shard_size)
+        with quiet():
+            super().save_pretrained(save_directory, state_dict=state_dict, max_shard_size=max_shard_size)
         self.name_architecture()
         self.config.save_pretrained(save_directory)
 
@@ -171,7 +173,7 @@ def build_text_lm(config: ModelConfig, *, vocab_size: int, bos_id: int, eos_id: 
     return model.train()
 
 
-def load_text_lm(folder: Path | str, *, dtype: str = "float32", backend: attention.Backend = "auto") -> TextLM:
+def load_text_lm(folder: Path | str, *, dtype: str = "float32", backend: Backend = "auto") -> TextLM:
     """A text LM from a Hugging Face folder of model_type "llama", whoever saved it; in evaluation mode.
 
     Raises:
@@ -208,7 +210,7 @@ def start_config(config: ModelConfig, *, vocab_size: int, bos_id: int, eos_id: i
     known = {"vocab_size": vocab_size, "bos_token_id": bos_id, "eos_token_id": eos_id}
     try:
         return LlamaConfig(**{**known, **llama})
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise UsageError(f"model.llama: {' '.join(str(error).split())}") from None
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megaprior.models import attention
+from megaprior.models.attention import Backend
 from megaprior.models.folder import model_type
 from megaprior.models.lm import TextLM, load_text_lm
 from megaprior.models.ulvlm import ULVLMConfig, load_ulvlm
 
 
-def load_model(folder: Path | str, *, dtype: str = "float32", backend: attention.Backend = "auto") -> TextLM:
+def load_model(folder: Path | str, *, dtype: str = "float32", backend: Backend = "auto") -> TextLM:
     """The text LM or U-LVLM that the folder's config.json names, in evaluation mode.
 
     Args:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from megaprior.errors import DataError, UsageError
-from megaprior.models import attention
+from megaprior.models.attention import Backend
 from megaprior.models.folder import from_folder, model_type
 from megaprior.models.lm import ModelConfig, TextLM, check_vocabulary, from_scratch, start_config
 
@@ -62,7 +62,7 @@ class ULVLM(TextLM):
         A row without patches goes through `patch_embed` too, with P = 0: under ZeRO-3 all ranks must touch all modules.
         """
         embeds = self.model.embed_tokens(input_ids)
-        if patches is None or patch_index is None:
+        if patches is None or patch_index is None or not len(patches):
             patches = input_ids.new_empty(0, self.patch_embed.in_features, dtype=torch.uint8)
             patch_index = input_ids.new_empty(0)
         pixels = normalize_pixels(patches).to(self.patch_embed.weight.dtype)
@@ -120,7 +120,7 @@ def build_ulvlm(
     return model.train()
 
 
-def load_ulvlm(folder: Path | str, *, dtype: str = "float32", backend: attention.Backend = "auto") -> ULVLM:
+def load_ulvlm(folder: Path | str, *, dtype: str = "float32", backend: Backend = "auto") -> ULVLM:
     """A U-LVLM from a folder that one was saved to, in evaluation mode.
 
     Raises:

@@ -1,10 +1,11 @@
-"""The book a scorer keeps while it works: which units are done, under which scorer and on which hardware.
+"""The book a scorer keeps while it works: which units are done, by which scorer, and on which hardware.
 
 A unit is a run of neighbouring samples of one shard. The plan of units is a function of the shards' token counts alone, so any
 number of processes, in any order, after any kill, fills the same units with the same bytes. The ledger lives in
 `DIR/.score-NAME/` beside the shards and is removed when every shard has its stream:
 
-    ledger.json               the scorer, the plan, and every hardware record that took part
+    record-<digest>.json      device, versions, threads: one file for each kind of machine that took part
+    ledger.json               the scorer, its options and the shards it works on
     <prefix>.<unit>.npy       float32 scores of a finished unit, renamed into place when whole
 """
 
@@ -21,92 +22,103 @@ from typing import Any
 import numpy as np
 
 from megaprior.errors import DataError
-from megaprior.files import atomic_write, fsync_folder, read_manifest, write_manifest
+from megaprior.files import atomic_write, digest_json, fsync_folder, read_manifest, write_manifest
 
-_FORMAT = "megaprior.score_ledger"
+_FORMAT, _RECORD = "megaprior.score_ledger", "megaprior.score_record"
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Samples [start, stop) of shard `prefix`, numbered inside that shard; `tokens` scores in all."""
+    """Samples [start, stop) of shard `prefix`, numbered inside that shard; sample 0 of the shard is sample `base` of the set."""
 
     prefix: str
     number: int
+    base: int
     start: int
     stop: int
-    tokens: int
+    tokens: int  # scores in all
 
     @property
     def file(self) -> str:
+        """Its name in the ledger."""
         return f"{self.prefix}.{self.number:06d}.npy"
 
 
-def plan_units(prefix: str, token_counts: np.ndarray, unit_tokens: int) -> list[Unit]:
+def plan_units(prefix: str, token_counts: np.ndarray, *, unit_tokens: int, base: int = 0) -> list[Unit]:
     """Cut one shard, `token_counts` int [N], into units of about `unit_tokens` tokens.
 
-    A unit ends with the sample that reaches the next multiple of `unit_tokens`; no sample is cut.
+    A new unit begins with the first sample that starts at or beyond a multiple of `unit_tokens`; no sample is cut.
     """
-    ends = np.cumsum(token_counts, dtype=np.int64)
-    owner = (ends - token_counts) // unit_tokens  # by where a sample starts
+    counts = token_counts.astype(np.int64)
+    owner = (np.cumsum(counts) - counts) // unit_tokens
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    stops = np.append(starts[1:], len(token_counts))
-    tokens = np.add.reduceat(token_counts, starts, dtype=np.int64) if len(starts) else []
+    stops = np.append(starts[1:], len(counts))
     return [
-        Unit(prefix, number, int(start), int(stop), int(total))
-        for number, (start, stop, total) in enumerate(zip(starts, stops, tokens, strict=True))
+        Unit(prefix, number, base, int(start), int(stop), int(counts[start:stop].sum()))
+        for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        if stop > start
     ]
 
 
 class Ledger:
     """The finished units of one score stream; every write is whole or absent, so any process may die at any time."""
 
-    def __init__(self, folder: Path, body: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.records: list[dict[str, Any]] = body["records"]
 
     @classmethod
     def open(
         cls, folder: Path, *, work: dict[str, Any], record: dict[str, Any], allow_other_hardware: bool = False
     ) -> Ledger:
-        """Start the ledger, or go on with one of the same `work` (scorer, plan, options) under the same `record`.
+        """Start the ledger, or go on with one of the same `work` under the same hardware `record`.
 
         Raises:
-            DataError: the ledger was begun by another scorer, with other options, or on other hardware or versions.
+            DataError: it was begun by another scorer or with other options, or, unless allowed, on other hardware,
+                versions or threads; the message names the field that differs.
         """
-        path = folder / "ledger.json"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            fsync_folder(folder.parent)
-            return cls(folder, write_manifest(path, cls._body(work, [record])))
-        body = read_manifest(path, format=_FORMAT)
-        if difference := _difference(body["work"], work):
-            raise DataError(
-                f"{folder}: unfinished scores of another run ({difference}); repeat that command to finish them, "
-                f"choose another --name, or delete the folder to start over"
-            )
-        if record not in body["records"]:
-            if not allow_other_hardware:
+        path, mine = folder / "ledger.json", folder / f"record-{digest_json(record)}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        fsync_folder(folder.parent)
+        if path.exists():
+            begun = read_manifest(path, format=_FORMAT)["work"]
+            if difference := _difference(begun, work):
                 raise DataError(
-                    f"{folder}: begun under other conditions ({_difference(body['records'][-1], record)}), so the bytes may "
-                    f"differ in their last bits; go on with --allow-other-hardware, or delete the folder to start over"
+                    f"{folder}: unfinished scores of another run ({difference}); repeat that command to finish them, "
+                    "choose another --name, or delete this folder to start over"
                 )
-            body = write_manifest(path, cls._body(work, [*body["records"], record]))
-        return cls(folder, body)
+        ledger = cls(folder)
+        if not mine.exists():
+            others = ledger.records()
+            if others and not allow_other_hardware:
+                raise DataError(
+                    f"{folder}: begun under other conditions ({_difference(others[0], record)}), under which the last bits "
+                    "of scores may differ; go on with --allow-other-hardware, or delete this folder to start over"
+                )
+            write_manifest(mine, {"format": _RECORD, "version": 1, "record": record})
+        if not path.exists():
+            write_manifest(path, {"format": _FORMAT, "version": 1, "work": work})
+        return ledger
 
-    @staticmethod
-    def _body(work: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"format": _FORMAT, "version": 1, "work": work, "records": records}
+    def records(self) -> list[dict[str, Any]]:
+        """The hardware records of all who took part."""
+        paths = sorted(self.folder.glob("record-*.json"))
+        return [read_manifest(path, format=_RECORD)["record"] for path in paths]
 
     def done(self) -> set[str]:
         """Names of the finished units' files."""
-        try:
-            return {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".npy")}
-        except FileNotFoundError:  # another rank finished the stream and removed the ledger
-            return set()
+        return {entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".npy")}
+
+    def has(self, unit: Unit) -> bool:
+        """Whether somebody finished the unit."""
+        return (self.folder / unit.file).exists()
 
     def write(self, unit: Unit, scores: np.ndarray) -> None:
-        """Keep the scores of a finished unit, float32 [unit.tokens]."""
-        assert scores.dtype == np.float32 and scores.shape == (unit.tokens,)
+        """Keep the scores of a finished unit, float32 [unit.tokens].
+
+        Raises:
+            DataError: the disk is full; finished units stay.
+        """
+        assert (scores.dtype, scores.shape) == (np.float32, (unit.tokens,))
         file = io.BytesIO()
         np.save(file, scores)
         atomic_write(self.folder / unit.file, file.getvalue())
@@ -130,11 +142,11 @@ class Ledger:
         return scores
 
     def scores(self, units: Iterable[Unit], token_counts: np.ndarray) -> Iterator[np.ndarray]:
-        """The scores of each sample of `units` in order, float32 [tokens of that sample]; `token_counts` int [N] of the shard."""
+        """The scores of each sample of `units` in order, float32 [k]; `token_counts` int [N] of their shard."""
         for unit in units:
             yield from np.split(self.read(unit), np.cumsum(token_counts[unit.start : unit.stop])[:-1])
 
-    def remove_units(self, units: Iterable[Unit]) -> None:
+    def forget(self, units: Iterable[Unit]) -> None:
         """Drop the files of units whose stream is complete."""
         for unit in units:
             (self.folder / unit.file).unlink(missing_ok=True)
@@ -147,8 +159,6 @@ class Ledger:
 def _difference(found: Any, wanted: Any, name: str = "") -> str:
     """The first field in which two records differ, with both values; empty when they agree."""
     if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted({*found, *wanted}):
-            if difference := _difference(found.get(key), wanted.get(key), key):
-                return difference
-        return ""
+        fields = sorted({*found, *wanted})
+        return next((text for key in fields if (text := _difference(found.get(key), wanted.get(key), key))), "")
     return "" if found == wanted else f"{name}: {found!r} then, {wanted!r} now"

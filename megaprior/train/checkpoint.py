@@ -138,7 +138,9 @@ def resolve_model(path: Path | str) -> Path:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: neither a run, nor a checkpoint, nor a Hugging Face folder (no config.json)")
     if not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path}: no *.safetensors; weights in other formats can run code and are never loaded, convert them")
+        raise CheckpointError(
+            f"{path}: no *.safetensors; weights in other formats can run code and are never loaded, convert them"
+        )
     return path
 
 
@@ -148,12 +150,9 @@ def load_model_folder(path: Path | str, *, dtype: str = "float32") -> TextLM:
     Raises:
         DataError: as `resolve_model`, or the folder is not such a model's.
     """
-    from megaprior.models.lm import load_text_lm, model_type
-    from megaprior.models.ulvlm import ULVLMConfig, load_ulvlm
+    from megaprior.models.load import load_model
 
-    folder = resolve_model(path)
-    load = load_ulvlm if model_type(folder) == ULVLMConfig.model_type else load_text_lm
-    return load(folder, dtype=dtype).eval()
+    return load_model(resolve_model(path), dtype=dtype)
 
 
 def _verified_model(checkpoint: Checkpoint) -> Path:

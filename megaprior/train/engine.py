@@ -30,11 +30,14 @@ class Engine(Protocol):
     place: Place
     module: nn.Module  # Step(model, objective)
 
-    def accumulate(self, row: Batch, *, last: bool) -> None:
-        """Forward and backward of one row; `last` marks the step's final one. Never waits for the device."""
+    def accumulate(self, row: Batch, group: Tensor, *, last: bool) -> None:
+        """Forward and backward of one row; `last` marks the step's final one. Never waits for the device.
+
+        `group` int64 [N] on the CPU: for each loss token the sum that its NLL is counted in.
+        """
 
     def sums(self) -> list[float]:
-        """[loss, NLL, squared gradient norm] of this rank's share of the step: sums over ranks are the step's own."""
+        """[squared gradient norm, loss, NLL of group 0, ...]: this rank's parts of the step's, which are their sums."""
 
     def update(self, *, lr: float, scale: float) -> None:
         """Multiply the gradients with `scale`, apply AdamW at `lr`, clear them."""
@@ -59,22 +62,28 @@ class Engine(Protocol):
 
 
 class Sums:
-    """Sums of a step on the device, in float64 so that their order hardly matters."""
+    """Sums of a step on the device, in float64 so that their order hardly matters: the loss, then the NLL by group."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, groups: int) -> None:
+        self._totals = torch.zeros(1 + groups, dtype=torch.float64, device=device)
 
-    def add(self, loss: Tensor, nll: Tensor) -> None:
-        """Count one row's loss (0-d) and NLL [N]."""
-        self._totals += torch.stack((loss.detach().double(), nll.detach().sum(dtype=torch.float64)))
+    def add(self, loss: Tensor, nll: Tensor, group: Tensor) -> None:
+        """Count one row's loss (0-d) and NLL [N], by group int64 [N] on the CPU."""
+        values = torch.cat((loss.detach().reshape(1), nll.detach())).double()
+        where = torch.cat((group.new_zeros(1), group + 1)).to(self._totals.device, non_blocking=True)
+        self._totals.index_add_(0, where, values)
 
     def take(self, gradients: list[Tensor]) -> list[float]:
-        """[loss, NLL, squared norm of `gradients`], and start again: the one wait of a step."""
+        """[squared norm of `gradients`, loss, NLL by group], and start again: the one wait of a step."""
         squares = [torch.linalg.vector_norm(g).double().square() for g in gradients]
         norm = torch.stack(squares).sum() if squares else self._totals.new_zeros(())
-        values = torch.cat((self._totals, norm.to(self._totals.device).reshape(1))).tolist()
+        values = torch.cat((norm.to(self._totals.device).reshape(1), self._totals)).tolist()
         self._totals.zero_()
         return values
+
+    def drop(self) -> None:
+        """Start again."""
+        self._totals.zero_()
 
 
 def model_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter | Tensor]]:
@@ -93,23 +102,25 @@ class LocalEngine:
 
     name = "local"
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, *, precision: Precision, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, *, precision: Precision, device: torch.device, groups: int = 1
+    ) -> None:
         self.place, self.device, self.module = Place(), device, module.to(device).train()
         self._precision = precision
         self._optimizer = adamw(self.module, optim, fused=True)
-        self._sums = Sums(device)
+        self._sums = Sums(device, groups)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def accumulate(self, row: Batch, *, last: bool) -> None:
+    def accumulate(self, row: Batch, group: Tensor, *, last: bool) -> None:
         """See `Engine`; every row is treated alike here."""
         with self._autocast():
             loss, nll = self.module(row.to(self.device))
         loss.backward()
-        self._sums.add(loss, nll)
+        self._sums.add(loss, nll, group)
 
     def sums(self) -> list[float]:
         """See `Engine`."""
@@ -127,7 +138,7 @@ class LocalEngine:
     def discard(self) -> None:
         """See `Engine`."""
         self._optimizer.zero_grad(set_to_none=True)
-        self._sums = Sums(self.device)
+        self._sums.drop()
 
     def evaluate(self, row: Batch) -> Tensor:
         """See `Engine`."""

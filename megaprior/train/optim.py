@@ -41,7 +41,9 @@ def check_optim(cfg: OptimConfig, *, steps: int) -> None:
     if not 0 <= cfg.warmup_steps <= steps:
         raise UsageError(f"optim.warmup_steps is {cfg.warmup_steps} but the run has {steps} steps; lower it")
     if cfg.decay_steps is not None and not 0 < cfg.decay_steps <= steps:
-        raise UsageError(f"optim.decay_steps is {cfg.decay_steps}, it must be between 1 and the {steps} steps of the run")
+        raise UsageError(
+            f"optim.decay_steps is {cfg.decay_steps}, it must be between 1 and the {steps} steps of the run"
+        )
 
 
 def learning_rate(cfg: OptimConfig, step: int, *, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: both halves into a temporary folder, digests, manifest, one rename. Killed anywhere, the last one stands."""
+"""Writing a checkpoint: both halves into a temporary folder, digests, manifest, rename. Killed anywhere, the last stands."""
 
 from __future__ import annotations
 
@@ -34,22 +34,27 @@ def save_checkpoint(
     """
     target, first = step_folder(run, step), engine.place.rank == 0
     with ExitStack() as stack:
-        error, temporary = None, None
-        if first:
-            try:
-                _check_room(target, engine)
-                temporary = stack.enter_context(atomic_folder(target))
-                (temporary / "state").mkdir()
-            except Exception as found:  # the peers are told before it is raised
-                error = found
-        peers.settle(error)
-        temporary = Path(peers.share(temporary))
+
+        def begin() -> Path:
+            _check_room(target, engine)
+            folder = stack.enter_context(atomic_folder(target))
+            (folder / "state").mkdir()
+            return folder
+
+        temporary = peers.first_does(begin)
         _guarded(peers, temporary, lambda: engine.save_state(temporary / "state"))
         _guarded(peers, temporary, lambda: _save_model(engine, temporary / "model", tokenizer))
         parts = peers.gather_objects(_digests(temporary, rank=engine.place.rank, world=engine.place.world))
         if first:
             files = {name: entry for part in parts for name, entry in part.items()}
-            body = {**facts, "format": FORMAT, "version": 1, "step": step, "engine": engine.name, "world": engine.place.world}
+            body = {
+                **facts,
+                "format": FORMAT,
+                "version": 1,
+                "step": step,
+                "engine": engine.name,
+                "world": engine.place.world,
+            }
             manifest = write_manifest(temporary / MANIFEST, {**body, "files": files})
     if first:
         atomic_write(run / "latest", target.name + "\n")

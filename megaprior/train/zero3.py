@@ -56,6 +56,7 @@ class Zero3Engine:
         peers: Peers,
         precision: Precision,
         extras: dict[str, Any],
+        groups: int = 1,
         universal: bool = False,
     ) -> None:
         """`extras` are DeepSpeed options beside ours; `universal` says that `load_state` will change the number of ranks."""
@@ -67,14 +68,14 @@ class Zero3Engine:
         self.module = self._engine.module
         self.module.train()
         self.device = self._engine.device
-        self._sums = Sums(self.device)
+        self._sums = Sums(self.device, groups)
 
-    def accumulate(self, row: Batch, *, last: bool) -> None:
+    def accumulate(self, row: Batch, group: Tensor, *, last: bool) -> None:
         """See `Engine`; all ranks must make the same number of calls per step."""
         self._engine.set_gradient_accumulation_boundary(last)
         loss, nll = self._engine(row.to(self.device))
         self._engine.backward(loss * self.place.world, scale_wrt_gas=False)
-        self._sums.add(loss, nll)
+        self._sums.add(loss, nll, group)
 
     def sums(self) -> list[float]:
         """See `Engine`; the squared norm is that of this rank's partition."""
@@ -92,7 +93,7 @@ class Zero3Engine:
         """See `Engine`."""
         self._zero.zero_grad()
         self._zero.averaged_gradients = {}
-        self._sums = Sums(self.device)
+        self._sums.drop()
 
     def evaluate(self, row: Batch) -> Tensor:
         """See `Engine`; all ranks must make the same number of calls."""
@@ -129,14 +130,8 @@ class Zero3Engine:
             self._load(folder)
             return
         whole = folder.parent.parent / f".universal_{folder.parent.name}"
-        error: Exception | None = None
-        if self.place.rank == 0:
-            try:
-                say(f"resuming {world} ranks' state on {self.place.world}: converting it")
-                _convert_universal(folder / _TAG, whole / _TAG)
-            except Exception as found:  # the peers are told before it is raised
-                error = found
-        self._peers.settle(error)
+        say(f"resuming the state of {world} ranks on {self.place.world}: converting it")
+        self._peers.first_does(lambda: _convert_universal(folder / _TAG, whole / _TAG))
         try:
             self._load(whole)
         finally:
@@ -202,7 +197,9 @@ def check_version() -> None:
         raise UsageError(f"engine=zero3 needs DeepSpeed, which is not installed: {remedy}") from None
     numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdigit())
     if numbers < OLDEST:
-        raise UsageError(f"DeepSpeed {found} is older than {'.'.join(map(str, OLDEST))}, the first that trains right: {remedy}")
+        raise UsageError(
+            f"DeepSpeed {found} is older than {'.'.join(map(str, OLDEST))}, the first that trains right: {remedy}"
+        )
 
 
 def prepare_environment() -> None:

@@ -1,0 +1,36 @@
+"""Which model a folder holds, by content: the same weights and configuration have the same fingerprint wherever they lie."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megaprior.errors import DataError
+from megaprior.files import block_digests, digest_json
+
+# What saving the same model with another release of transformers, or from another folder, may change.
+_PASSING = ("transformers_version", "_name_or_path")
+
+
+def model_fingerprint(folder: Path | str) -> str:
+    """xxh3-128 over the digests of every safetensors file and the configuration; reads all weights once.
+
+    Raises:
+        DataError: no config.json, or no safetensors.
+    """
+    folder = Path(folder)
+    weights = {path.name: block_digests(path) for path in sorted(folder.glob("*.safetensors"))}
+    if not weights:
+        raise DataError(
+            f"{folder}: no *.safetensors; a model is a Hugging Face folder with config.json and safetensors"
+        )
+    return digest_json({"weights": weights, "config": _configuration(folder / "config.json")})
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return {name: value for name, value in fields.items() if name not in _PASSING}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a model's configuration ({error})") from None

@@ -1,0 +1,123 @@
+"""What a run leaves behind besides checkpoints: metrics without doubles, and a summary that says how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megaprior.data.manifest import tokenizer_entry
+from megaprior.distributed import digest
+from megaprior.files import atomic_write, digest_json
+from megaprior.train.settings import RunConfig, trajectory
+
+if TYPE_CHECKING:
+    from megaprior.data.loader import Loader
+    from megaprior.tokenizer import Tokenizer
+    from megaprior.train.checkpoint import Checkpoint
+
+
+def versions() -> dict[str, str]:
+    """What computed: equal on all ranks of a run, or it stops at the start."""
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def versions_digest() -> float:
+    """For the ranks to compare."""
+    return digest(digest_json(versions()))
+
+
+class Record:
+    """The facts that every checkpoint carries and the summary tells, over all restarts of the run."""
+
+    def __init__(self, cfg: RunConfig, tokenizer: Tokenizer, loader: Loader, *, resumed: Checkpoint | None) -> None:
+        before = resumed.manifest if resumed is not None else {}
+        self._cfg, self._began, self._wall_s = cfg, time.monotonic(), before.get("wall_s", 0.0)
+        self._restarts = before.get("restarts", -1) + 1
+        self._constant = {
+            "stage": cfg.stage,
+            "trajectory": trajectory(cfg),
+            "data": loader.identity,
+            "tokenizer": tokenizer_entry(tokenizer),
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint's manifest."""
+        wall_s = self._wall_s + time.monotonic() - self._began
+        return {**self._constant, "restarts": self._restarts, "wall_s": round(wall_s, 3)}
+
+    def write_summary(self, last: Checkpoint, *, world: int) -> None:
+        """Write RUN/summary.json."""
+        lines = read_metrics(self._cfg.out / "metrics.jsonl")
+        train = [line for line in lines if line["kind"] == "train"]
+        evals = [line for line in lines if line["kind"] == "eval"]
+        seconds = sum(line["step_s"] for line in train)
+        weights = {
+            k: v for k, v in last.manifest["files"].items() if k.startswith("model/") and k.endswith(".safetensors")
+        }
+        body = {
+            **self.facts(),
+            "steps": last.step,
+            "engine": self._cfg.engine,
+            "world": world,
+            "precision": self._cfg.precision,
+            "peak_memory_mib": peak_memory_mib(),
+            "loss_tokens_per_s": sum(line["loss_tokens"] for line in train) / seconds if seconds else None,
+            "data_wait_share": sum(line["data_wait_s"] for line in train) / seconds if seconds else None,
+            "final": train[-1] if train else None,
+            "heldout": evals[-1] if evals else None,
+            "fingerprints": {
+                "tokenizer": self._constant["tokenizer"]["fingerprint"],
+                "model": digest_json(weights),
+                "shards": [source["build_id"] for source in self._constant["data"]["sources"]],
+            },
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        }
+        atomic_write(self._cfg.out / "summary.json", json.dumps(body, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def peak_memory_mib() -> float:
+    """This process's largest use so far: device memory on a GPU, resident memory otherwise, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after `step`: the resumed run computes it again, and every step stands there once."""
+    lines = read_metrics(path)
+    kept = [line for line in lines if line.get("step", 0) <= step]
+    if path.exists() and (len(kept) < len(lines) or not path.read_bytes().endswith(b"\n")):
+        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def set_threads(local_world: int) -> None:
+    """Share the machine's processors among its ranks, unless OMP_NUM_THREADS has decided."""
+    if "OMP_NUM_THREADS" not in os.environ and local_world > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))

@@ -1,0 +1,126 @@
+"""One training run from its configuration: start or resume, train, leave a record.
+
+RUN/config.yaml    the resolved configuration        RUN/metrics.jsonl   one line per logged step and evaluation
+RUN/checkpoints/   see checkpoint.py                 RUN/summary.json    time, memory, fingerprints, command
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from megaprior.distributed import Peers, Watchdog, connect, digest, place
+from megaprior.telemetry import MetricsLog, say
+from megaprior.train import assembly
+from megaprior.train.checkpoint import Checkpoint
+from megaprior.train.evaluation import HeldOut
+from megaprior.train.loop import run_loop
+from megaprior.train.record import Record, set_threads, truncate_metrics, versions_digest
+from megaprior.train.replay import replay
+from megaprior.train.resume import claim, restore
+from megaprior.train.saving import save_checkpoint
+from megaprior.train.settings import RunConfig, check_run, trajectory_digest
+from megaprior.train.signals import StopSignals
+
+__all__ = ["RunConfig", "replay", "train"]
+
+
+def train(cfg: RunConfig, *, dry_run: bool = False, signals: StopSignals | None = None) -> int:
+    """Run a configuration to its end, from its newest complete checkpoint if it has one. Returns the exit code 0.
+
+    `signals` may be installed earlier, so that a signal during the imports is not lost.
+
+    Raises:
+        UsageError: the configuration or the launcher's environment is wrong, or `out` holds another run.
+        DataError: shards, scores, starting model or a checkpoint are refused.
+        Requeue: SIGTERM or SIGUSR1 came; a checkpoint is written (exit code 75).
+        MegapriorError: ranks disagree, or a loss or gradient is not finite; nothing was updated.
+    """
+    here = place()
+    check_run(cfg, world=here.world)
+    if dry_run:
+        print(assembly.describe_plan(assembly.resolve_init(cfg), world=here.world))
+        return 0
+    if cfg.engine == "zero3":
+        from megaprior.train.zero3 import check_version
+
+        check_version()
+    with ExitStack() as stack:
+        if signals is None:
+            signals = stack.enter_context(StopSignals())
+        set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", here.world)))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(here.local_rank)
+        peers = connect(here, backend="nccl" if torch.cuda.is_available() else "gloo", timeout_s=cfg.timeout_s)
+        stack.callback(peers.close)
+        watchdog = stack.enter_context(Watchdog(peers, timeout_s=cfg.timeout_s))
+        peers.announce({"its configuration": digest(trajectory_digest(cfg)), "its versions": versions_digest()}).check(
+            0
+        )
+        resumed = claim(cfg, peers, stack)
+        if resumed is not None and resumed.step >= cfg.steps:
+            say(f"{cfg.out}: all {cfg.steps} steps are done; nothing to do")
+            return 0
+        _train(cfg, resumed, peers=peers, watchdog=watchdog, signals=signals, stack=stack)
+    return 0
+
+
+def _train(
+    cfg: RunConfig,
+    resumed: Checkpoint | None,
+    *,
+    peers: Peers,
+    watchdog: Watchdog,
+    signals: StopSignals,
+    stack: ExitStack,
+) -> None:
+    here = peers.place
+    source = (
+        assembly.started_from(cfg, resumed.model) if resumed else peers.first_does(lambda: assembly.resolve_init(cfg))
+    )
+    tokenizer = assembly.open_tokenizer(source)
+    model = assembly.build_model(source, tokenizer)
+    spec, start = assembly.vision_spec(model), resumed.step if resumed else 0
+    loader = assembly.open_loader(cfg, tokenizer, spec, rank=here.rank, world=here.world, start=start)
+    stack.callback(loader.close)
+    universal = resumed is not None and resumed.manifest["world"] != here.world
+    engine = assembly.build_engine(cfg, model, peers=peers, groups=len(loader.sources), universal=universal)
+    if resumed is not None:
+        restore(resumed, cfg=cfg, engine=engine, loader=loader, peers=peers)
+    heldout = None
+    if cfg.eval_every:
+        samples = cfg.eval_batches * cfg.data.batch_size
+        heldout = HeldOut(
+            cfg.data, spec=spec, tokenizer=tokenizer, peers=peers, samples=samples, threshold=cfg.eval_threshold
+        )
+    record, saved = Record(cfg, tokenizer, loader, resumed=resumed), []
+
+    def save(step: int) -> None:
+        saved[:] = [
+            save_checkpoint(cfg.out, step, engine=engine, peers=peers, tokenizer=tokenizer, facts=record.facts())
+        ]
+
+    run_loop(
+        cfg,
+        loader,
+        engine,
+        configuration=trajectory_digest(cfg),
+        peers=peers,
+        watchdog=watchdog,
+        signals=signals,
+        log=_metrics(cfg.out, start, stack) if here.rank == 0 else None,
+        evaluate=lambda: heldout.measure(engine) if heldout else {},
+        save=save,
+    )
+    if here.rank == 0:
+        record.write_summary(saved[0], world=here.world)
+
+
+def _metrics(out: Path, step: int, stack: ExitStack) -> MetricsLog:
+    truncate_metrics(out / "metrics.jsonl", step)
+    log = MetricsLog(out)
+    stack.callback(log.close)
+    return log

@@ -1,0 +1,100 @@
+"""The configuration of one training run, and what of it may change when the run is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+from megaprior.config import configclass, dump_config
+from megaprior.data.loader import DataConfig
+from megaprior.data.weighting import WeightingConfig
+from megaprior.errors import UsageError
+from megaprior.files import digest_json
+from megaprior.models.lm import ModelConfig
+from megaprior.train.optim import OptimConfig, check_optim
+
+# These leave every loss and weight as it is, so a resumed run may have others.
+_FREE = {"out", "save_every", "eval_every", "eval_batches", "eval_threshold", "log_every", "timeout_s", "zero"}
+
+
+@configclass
+class RunConfig:
+    """One training run: `megaprior train FILE key=value ...`."""
+
+    stage: Literal["textlm", "reference", "ulvlm"]
+    out: Path
+    data: DataConfig
+    steps: int
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    engine: Literal["local", "zero3"] = "local"
+    zero: dict[str, Any] | Path = field(default_factory=dict)  # DeepSpeed options beside the loop's own, or a JSON file
+    save_every: int = 500
+    eval_every: int = 0  # 0: never
+    eval_batches: int = 4  # batches of data.batch_size held-out samples per evaluation
+    eval_threshold: float = 0.5  # on w = 1 - p_r
+    log_every: int = 1
+    timeout_s: float = 1800.0  # a rank that makes no progress for so long ends the job
+
+
+def check_run(cfg: RunConfig, *, world: int) -> None:
+    """Refuse what cannot work before anything is touched.
+
+    Raises:
+        UsageError: names the key and the remedy.
+    """
+    check_optim(cfg.optim, steps=cfg.steps)
+    for key in ("steps", "save_every", "log_every", "eval_batches"):
+        if getattr(cfg, key) < 1:
+            raise UsageError(f"{key} is {getattr(cfg, key)}; it must be at least 1")
+    if cfg.eval_every and cfg.data.heldout is None:
+        raise UsageError(f"eval_every is {cfg.eval_every} but data.heldout names no shards; set it, or eval_every=0")
+    if cfg.engine == "local" and world > 1:
+        raise UsageError(f"engine=local trains on one process, {world} were started; use engine=zero3")
+    if cfg.engine == "local" and cfg.model.dtype != "float32":
+        raise UsageError(
+            f"model.dtype is {cfg.model.dtype}: engine=local would round every update to it; "
+            "leave float32 and set precision=bf16, which computes in bf16 over fp32 weights"
+        )
+    if cfg.stage != "ulvlm" and (cfg.weighting.kind != "ntp" or cfg.data.text):
+        raise UsageError(f"stage={cfg.stage} trains on text alone: weighting.kind must be ntp and data.text empty")
+
+
+def trajectory(cfg: RunConfig) -> dict[str, Any]:
+    """The part of the configuration that losses and weights depend on, flat: {"optim.lr": 0.001, ...}."""
+    return _flat({key: value for key, value in dump_config(cfg).items() if key not in _FREE})
+
+
+def trajectory_digest(cfg: RunConfig) -> str:
+    """What all ranks and all restarts of a run must agree on."""
+    return digest_json(trajectory(cfg))
+
+
+def refuse_other_run(cfg: RunConfig, recorded: dict[str, Any], *, where: Path) -> None:
+    """Refuse to resume a run under a configuration that would make it another one; `recorded` is its `trajectory`.
+
+    Raises:
+        UsageError: names the first key that differs, both values and the remedy.
+    """
+    now = trajectory(cfg)
+    for key in sorted({*now, *recorded}):
+        if now.get(key) != recorded.get(key):
+            raise UsageError(
+                f"{where}: this run was begun with {key}={recorded.get(key)!r}, the command says {now.get(key)!r}; "
+                "repeat the original command to resume it, or choose another `out`"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
