@@ -43,8 +43,8 @@ def build(paths: Sequence[Path], output: Path, *, tokenizer: Path, options: Buil
     words = load_tokenizer(tokenizer)
     plan = make_plan(paths, options, fingerprint=words.fingerprint)
     if plan.left_out:
-        names = ", ".join(path.name for path in plan.left_out[:3])
-        say(f"left out of input folders, being of another format: {len(plan.left_out):,} files ({names} ...)")
+        names = ", ".join(path.name for path in plan.left_out[:3]) + (", ..." if len(plan.left_out) > 3 else "")
+        say(f"left out of input folders, being of another format: {names} ({len(plan.left_out):,} in all)")
     _state(output, plan)  # a foreign folder is refused before even a lock is put there
     with owner_lock(output):
         state = _state(output, plan)

@@ -284,12 +284,12 @@ def _add_make_scenes(parser: argparse.ArgumentParser) -> None:
 
 
 def _make_scenes(options: argparse.Namespace) -> int:
-    from megaprior.data_tools.scenes import make_scenes
-
     counts = {name: getattr(options, name) for name in ("pairs", "heldout", "reference", "text", "probe")}
     for name, count in counts.items():
         if count < 0:
             raise UsageError(f"--{name} {count}: at least 0")
+    from megaprior.data_tools.scenes import make_scenes
+
     make_scenes(options.output, **counts, seed=options.seed)
     return 0
 

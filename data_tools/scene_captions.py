@@ -103,7 +103,8 @@ def _drawn(phrases: Sequence[tuple[int, str]], rng: Random) -> str:
 def _seen(scene: Scene, rng: Random, *, all_named: bool = False) -> str:
     """What the image shows, the main object first. `all_named`: nothing is left out, as a probe needs it."""
     colour, shape = f"*{scene.colour}", f"*{scene.shape}"
-    background = f"on a *{scene.pattern} *{scene.ground} *background"
+    background = f"*{scene.pattern} *{scene.ground}"
+    background = f"on a {background} *background" if rng.random() < 0.5 else f"on {background}"
     if scene.kind == "several":
         seen = f"*{_NUMBERS[scene.count]} {colour} {shape}s in a *{scene.place}"
     elif scene.kind == "two":

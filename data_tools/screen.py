@@ -191,5 +191,10 @@ def _line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(_printable(text), style), soft_wrap=True)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 (called while a BrokenPipeError is handled; rich would exit with code 1 for `show | head`)
+
+
 def _console() -> Console:
-    return Console(highlight=False, emoji=False, markup=False)
+    return _Console(highlight=False, emoji=False, markup=False)

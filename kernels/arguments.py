@@ -75,8 +75,17 @@ def kept_targets(targets: Tensor, *, rows: int, vocabulary: int, ignore_index: i
 
 
 def loss_terms(
-    targets: Tensor, keep: Tensor, token_weight: Tensor | None, *, denominator: float | Tensor | None,
-    scores: Tensor | None, cu_seqlens: Tensor | None, kind: str, alpha: float, length_scale: bool, dtype: torch.dtype,
+    targets: Tensor,
+    keep: Tensor,
+    token_weight: Tensor | None,
+    *,
+    denominator: float | Tensor | None,
+    scores: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    alpha: float,
+    length_scale: bool,
+    dtype: torch.dtype,
 ) -> LossTerms:
     """Resolve weights and denominator; `targets` and `keep` come from `kept_targets`, dtype from `reduction_dtype`."""
     if (scores is None) != (cu_seqlens is None):
@@ -97,7 +106,9 @@ def loss_terms(
 
 def _check_per_token(name: str, values: Tensor, targets: Tensor) -> None:
     if values.shape != targets.shape:
-        raise ValueError(f"{name} has shape {tuple(values.shape)} and targets {tuple(targets.shape)}: one value per target")
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} and targets {tuple(targets.shape)}: one value per target"
+        )
 
 
 def _denominator(value: float | Tensor | None, keep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,7 +123,9 @@ def _denominator(value: float | Tensor | None, keep: Tensor, dtype: torch.dtype)
             return value.where(value >= 1, math.nan)
         value = value.item()
     if not isinstance(value, Real) or not 1 <= value < math.inf:
-        raise ValueError(f"denominator must be finite and at least 1, not {value}: it counts the loss tokens of the batch")
+        raise ValueError(
+            f"denominator must be finite and at least 1, not {value}: it counts the loss tokens of the batch"
+        )
     return torch.full((), float(value), dtype=dtype, device=keep.device)
 
 

@@ -26,9 +26,19 @@ _NOT_BUILT = ("triton", "cuda")
 
 
 def weighted_cross_entropy(
-    logits: Tensor, targets: Tensor, token_weight: Tensor | None = None, *, denominator: float | Tensor | None = None,
-    ignore_index: int = -100, impl: str = "auto", scores: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    kind: str = "logprob", alpha: float = 1.0, length_scale: bool = True, chunk_rows: int | None = None,
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    denominator: float | Tensor | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scores: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    kind: str = "logprob",
+    alpha: float = 1.0,
+    length_scale: bool = True,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token-weighted cross entropy of given logits.
 
@@ -53,19 +63,35 @@ def weighted_cross_entropy(
     module = _implementation(impl)
     rows, vocabulary = logits.shape
     terms = loss_terms(
-        *kept_targets(targets, rows=rows, vocabulary=vocabulary, ignore_index=ignore_index), token_weight,
-        denominator=denominator, scores=scores, cu_seqlens=cu_seqlens, kind=kind, alpha=alpha,
-        length_scale=length_scale, dtype=reduction_dtype(logits.dtype),
+        *kept_targets(targets, rows=rows, vocabulary=vocabulary, ignore_index=ignore_index),
+        token_weight,
+        denominator=denominator,
+        scores=scores,
+        cu_seqlens=cu_seqlens,
+        kind=kind,
+        alpha=alpha,
+        length_scale=length_scale,
+        dtype=reduction_dtype(logits.dtype),
     )
     with torch.autocast(logits.device.type, enabled=False):
         return module.weighted_cross_entropy(logits, terms, chunk_rows=chunk_rows)
 
 
 def linear_weighted_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor | None = None, *,
-    denominator: float | Tensor | None = None, ignore_index: int = -100, impl: str = "auto",
-    scores: Tensor | None = None, cu_seqlens: Tensor | None = None, kind: str = "logprob", alpha: float = 1.0,
-    length_scale: bool = True, chunk_rows: int | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    denominator: float | Tensor | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    scores: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    kind: str = "logprob",
+    alpha: float = 1.0,
+    length_scale: bool = True,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same loss of logits = hidden @ weight^T, which never exist as a whole.
 
@@ -87,16 +113,27 @@ def linear_weighted_cross_entropy(
     module = _implementation(impl)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     terms = loss_terms(
-        *kept_targets(targets, rows=rows, vocabulary=vocabulary, ignore_index=ignore_index), token_weight,
-        denominator=denominator, scores=scores, cu_seqlens=cu_seqlens, kind=kind, alpha=alpha,
-        length_scale=length_scale, dtype=reduction_dtype(hidden.dtype),
+        *kept_targets(targets, rows=rows, vocabulary=vocabulary, ignore_index=ignore_index),
+        token_weight,
+        denominator=denominator,
+        scores=scores,
+        cu_seqlens=cu_seqlens,
+        kind=kind,
+        alpha=alpha,
+        length_scale=length_scale,
+        dtype=reduction_dtype(hidden.dtype),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         return module.linear_weighted_cross_entropy(hidden, weight, terms, chunk_rows=chunk_rows)
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, impl: str = "auto",
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    impl: str = "auto",
     chunk_rows: int | None = None,
 ) -> Tensor:
     """log softmax(hidden @ weight^T)[target] in nats, with products and logits in float32 whatever the inputs' dtype:

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, token_weight: Tensor | None = None, *,
-                           denominator: float | None = None, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def weighted_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    denominator: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
     """sum(token_weight * nll) / denominator of logits (N, V), and nll (N,)."""
     keep = targets != ignore_index
     wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -21,9 +27,15 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, token_weight: Tensor
     return (weight * nll).sum() / count, nll.detach()
 
 
-def linear_weighted_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor | None = None,
-                                  *, denominator: float | None = None,
-                                  ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def linear_weighted_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    denominator: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
     """The same of logits = hidden (N, H) @ weight (V, H)^T."""
     return weighted_cross_entropy(
         hidden @ weight.T, targets, token_weight, denominator=denominator, ignore_index=ignore_index

@@ -119,11 +119,15 @@ class _CrossEntropy(torch.autograd.Function):
         logits, nll, targets, keep, token_weight, denominator = ctx.saved_tensors
         factor = token_weight * (grad_loss / denominator)
         grad_logits = torch.zeros_like(logits)
+        buffer = _chunk_probs(logits, ctx.chunk_rows)
         for rows, active in _blocks(keep, token_weight != 0, ctx.chunk_rows):
-            if active:
-                probs = logits[rows].to(nll.dtype).softmax(-1)
-                probs.scatter_(1, targets[rows, None], torch.expm1(-nll[rows, None]))
-                grad_logits[rows] = probs.mul_(factor[rows, None]).to(logits.dtype)
+            if not active:
+                continue
+            chunk = logits[rows]
+            probs = buffer[: len(chunk)]
+            torch.softmax(chunk if chunk.dtype == probs.dtype else probs.copy_(chunk), -1, out=probs)
+            probs.scatter_(1, targets[rows, None], torch.expm1(-nll[rows, None]))
+            grad_logits[rows] = probs.mul_(factor[rows, None]).to(logits.dtype)
         return grad_logits, None, None
 
 
@@ -173,13 +177,18 @@ def _linear_nll(hidden: Tensor, matrix: Tensor, targets: Tensor, keep: Tensor, c
 
 def _nll_of_logits(logits: Tensor, terms: LossTerms, chunk_rows: int) -> Tensor:
     """(N,), 0 where ignored."""
-    wide = reduction_dtype(logits.dtype)
-    nll = logits.new_zeros(len(logits), dtype=wide)
-    probs = logits.new_empty(min(chunk_rows, len(logits)), logits.shape[1], dtype=wide)
+    nll = logits.new_zeros(len(logits), dtype=reduction_dtype(logits.dtype))
+    probs = _chunk_probs(logits, chunk_rows)
     for rows, _ in _blocks(terms.keep, terms.keep, chunk_rows):
         chunk = logits[rows]
         nll[rows] = _softmax_nll(chunk, terms.targets[rows], out=probs[: len(chunk)])
     return nll.masked_fill_(~terms.keep, 0)
+
+
+def _chunk_probs(logits: Tensor, chunk_rows: int) -> Tensor:
+    """Room for the softmax of one chunk of logits (N, V)."""
+    rows, vocabulary = logits.shape
+    return logits.new_empty(min(chunk_rows, rows), vocabulary, dtype=reduction_dtype(logits.dtype))
 
 
 def _blocks(keep: Tensor, active: Tensor, chunk_rows: int) -> Iterator[tuple[Rows, bool]]:

@@ -73,17 +73,15 @@ class PatchReader:
     def many(self, wanted: Sequence[tuple[ShardSet, int]]) -> list[np.ndarray | ImageError]:
         """The patches, uint8 [P, D] and read-only, of each (shards, index); an ImageError stands where one cannot be decoded."""
         keys = [_image_key(shards, index) for shards, index in wanted]
-        unique = dict(zip(keys, wanted, strict=True))
-        found = dict(zip(unique, self._pool.map(self._one, unique, unique.values()), strict=True))
-        return [found[key] for key in keys]
+        new = {key: place for key, place in zip(keys, wanted, strict=True) if key not in self._kept}
+        decoded = dict(zip(new, self._pool.map(self._one, new, new.values()), strict=True))
+        return [decoded[key] if key in decoded else self._kept[key] for key in keys]
 
     def close(self) -> None:
         """Stop the threads; work not begun is forgotten."""
         self._pool.shutdown(cancel_futures=True)
 
     def _one(self, key: tuple[str, str, int], wanted: tuple[ShardSet, int]) -> np.ndarray | ImageError:
-        if (kept := self._kept.get(key)) is not None:
-            return kept
         shards, index = wanted
         sizes = shards.image_sizes
         assert sizes is not None, shards.folder

@@ -30,7 +30,7 @@ from megaprior.data.packing import pack_best_fit, split_balanced
 from megaprior.data.prefetch import Prefetch
 from megaprior.data.samples import Batch, Segment, VisionSpec, assemble
 from megaprior.data.shards import ShardSet
-from megaprior.data.weighting import WeightingConfig, caption_weights, is_flat
+from megaprior.data.weighting import WeightingConfig, weigh
 from megaprior.errors import DataError, UsageError
 from megaprior.files import digest_bytes, digest_json
 from megaprior.telemetry import say
@@ -149,6 +149,11 @@ class Loader:
         self.corpus = Corpus(sets, spec=spec, max_tokens=cfg.max_tokens, cache_mb=cfg.cache_mb, workers=cfg.workers)
         self._bos_id = tokenizer.bos_id
         pairs = len(cfg.train)
+        for entry, shards in zip(cfg.text, sets[pairs:], strict=True):
+            if shards.kind != "text":
+                raise DataError(
+                    f"{entry.path}: data.text takes shards of text, these are {shards.kind}; list it under data.train"
+                )
         self._train = Schedule([len(s) for s in sets[:pairs]], [e.weight for e in cfg.train], seed)
         self.text_per_step, self._text = self._mix(pairs, seed)
         self.identity = self._identity(seed)
@@ -179,13 +184,14 @@ class Loader:
         )
         mine = np.array([i for row in rows for i in row], dtype=np.int64)
         found = self.corpus.read(ids[mine].tolist(), lengths.caption[mine].tolist())
-        segments, flat = self._weigh([item for item in found if isinstance(item, Segment)])
-        kept = [i for i, item in zip(mine.tolist(), found, strict=True) if isinstance(item, Segment)]
-        by_position = dict(zip(kept, segments, strict=True))
+        shown = {i: item for i, item in zip(mine.tolist(), found, strict=True) if isinstance(item, Segment)}
+        kinds = [self.corpus.place(segment.sample_id)[0].score_kind for segment in shown.values()]
+        weighted, flat = weigh(list(shown.values()), kinds, self.weighting)
+        segments = dict(zip(shown, weighted, strict=True))
         denominator = max(int(lengths.loss.sum()), 1)
         micro = tuple(
             assemble(
-                [by_position[i] for i in row if i in by_position],
+                [segments[i] for i in row if i in segments],
                 bos_id=self._bos_id,
                 spec=self.corpus.spec,
                 denominator=denominator,
@@ -217,9 +223,11 @@ class Loader:
         """Endless, from `start_step` on; a second call starts over and stops the work of the first."""
         if self._running is not None:
             self._running.close()
-        pin = torch.cuda.is_available()
+        # A thread starts on device 0, whatever this process was given.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
         steps = (self.batch(step) for step in count(self.start_step))
-        self._running = Prefetch((_pinned(batch) for batch in steps) if pin else steps, depth=self.cfg.prefetch)
+        prepared = steps if device is None else (_pinned(batch, device) for batch in steps)
+        self._running = Prefetch(prepared, depth=self.cfg.prefetch)
         return self._timed(self._running)
 
     def _timed(self, batches: Prefetch[StepBatch]) -> Iterator[StepBatch]:
@@ -241,9 +249,9 @@ class Loader:
         surveys = {i: self.corpus.survey(i) for i, entry in enumerate(entries) if entry.weight}
         for i, survey in surveys.items():
             if survey.cut:
+                total, row = len(self.corpus.sets[i]), self.cfg.max_tokens
                 say(
-                    f"{entries[i].path}: {survey.cut:,} of {len(self.corpus.sets[i]):,} captions are cut, they do not fit rows of "
-                    f"data.max_tokens = {self.cfg.max_tokens:,}"
+                    f"{entries[i].path}: {survey.cut:,} of {total:,} captions are cut to fit rows of data.max_tokens = {row:,}"
                 )
         if not self.cfg.mix_ratio or not any(entry.weight for entry in self.cfg.text):
             return 0.0, None
@@ -271,23 +279,6 @@ class Loader:
         spec = None if self.corpus.spec is None else vars(self.corpus.spec)
         return {**settings, "seed": seed, "sources": sources, "vision": spec, "weighting": dump_config(self.weighting)}
 
-    # ------------------------------------------------------------ every step
-
-    def _weigh(self, segments: list[Segment]) -> tuple[list[Segment], int]:
-        """Token weights for the captions that have scores (text keeps g = 1), and how many of those are flat."""
-        kinds = [self.corpus.place(s.sample_id)[0].score_kind if s.grid is not None else None for s in segments]
-        weighted, flat = list(segments), 0
-        for kind in sorted({kind for kind in kinds if kind is not None}):
-            chosen = [i for i, k in enumerate(kinds) if k == kind]
-            scores = [s for i in chosen if (s := segments[i].scores) is not None]
-            alpha, length_scale = self.weighting.alpha, self.weighting.length_scale
-            g = caption_weights(scores, kind=kind, alpha=alpha, length_scale=length_scale)
-            parts = np.split(g, np.cumsum([len(s) for s in scores])[:-1])
-            for i, part in zip(chosen, parts, strict=True):
-                weighted[i] = replace(segments[i], token_weight=part)
-            flat += sum(is_flat(s, kind=kind, alpha=alpha) for s in scores)
-        return weighted, flat
-
 
 def _open(entry: SourceConfig, *, scores: str | None, tokenizer: Tokenizer) -> ShardSet:
     kind = read_build(entry.path)["kind"]
@@ -297,5 +288,7 @@ def _open(entry: SourceConfig, *, scores: str | None, tokenizer: Tokenizer) -> S
     return shards
 
 
-def _pinned(batch: StepBatch) -> StepBatch:
-    return replace(batch, micro=tuple(row.pin_memory() for row in batch.micro))
+def _pinned(batch: StepBatch, device: int) -> StepBatch:
+    """Copied to the device without a wait: from pageable memory, a copy stops the host until all queued work is done."""
+    with torch.cuda.device(device):
+        return replace(batch, micro=tuple(row.pin_memory() for row in batch.micro))

@@ -145,7 +145,7 @@ def refuse_bad_scores(where: str, scores: np.ndarray, kind: str) -> None:
     if not allowed.all():  # NaN compares false
         at = int(np.argmin(allowed))
         law = "log-probabilities are at most 0" if kind == "logprob" else "importances are finite and at least 0"
-        raise DataError(f"{where}: score {scores[at]} at token {at}, but {law}; score again")
+        raise DataError(f"{where}: score {scores[at]:.6g} at token {at}, but {law}; score again")
 
 
 def open_scores(shard: Shard, name: str) -> tuple[IndexedStream, dict[str, Any]]:

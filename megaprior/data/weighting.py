@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field
 
 from megaprior.config import configclass
+from megaprior.data.samples import Segment
 from megaprior.data.scores import refuse_bad_scores
 from megaprior.errors import DataError
 
@@ -21,6 +23,29 @@ class WeightingConfig:
     kind: Literal["ntp", "prior"] = "ntp"
     alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     length_scale: bool = True
+
+
+def weigh(
+    segments: Sequence[Segment], kinds: Sequence[str | None], config: WeightingConfig
+) -> tuple[list[Segment], int]:
+    """Give captions behind images their token weights; whatever has no image or no scores keeps g = 1.
+
+    Args:
+        kinds: of each segment's scores; None without.
+
+    Returns:
+        (the segments in order, how many captions have w = 0 throughout).
+    """
+    weighted, flat = list(segments), 0
+    for kind in ("logprob", "importance"):
+        chosen = {i: s.scores for i, s in enumerate(segments) if s.grid and s.scores is not None and kinds[i] == kind}
+        scores = list(chosen.values())
+        g = caption_weights(scores, kind=kind, alpha=config.alpha, length_scale=config.length_scale)
+        parts = np.split(g, np.cumsum([len(s) for s in scores])[:-1]) if scores else []
+        for i, part in zip(chosen, parts, strict=True):
+            weighted[i] = replace(segments[i], token_weight=part)
+        flat += sum(is_flat(s, kind=kind, alpha=config.alpha) for s in scores)
+    return weighted, flat
 
 
 def caption_weights(scores: Sequence[np.ndarray], *, kind: str, alpha: float, length_scale: bool) -> np.ndarray:

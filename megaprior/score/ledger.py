@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,10 @@ def plan_units(prefix: str, token_counts: np.ndarray, *, unit_tokens: int, base:
     counts = token_counts.astype(np.int64)
     owner = (np.cumsum(counts) - counts) // unit_tokens
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
-    stops = np.append(starts[1:], len(counts))
+    edges = [*starts.tolist(), len(counts)]
     return [
-        Unit(prefix, number, base, int(start), int(stop), int(counts[start:stop].sum()))
-        for number, (start, stop) in enumerate(zip(starts, stops, strict=True))
-        if stop > start
+        Unit(prefix, number, base, start, stop, int(counts[start:stop].sum()))
+        for number, (start, stop) in enumerate(pairwise(edges))
     ]
 
 

@@ -27,8 +27,6 @@ import torch
 from megaprior import __version__
 from megaprior.data.shards import ShardSet
 from megaprior.errors import DataError, MegapriorError
-from megaprior.models.lm import check_vocabulary
-from megaprior.models.load import load_model
 from megaprior.score.ledger import Ledger, Unit, plan_units
 from megaprior.tokenizer import Tokenizer
 
@@ -80,6 +78,9 @@ class Reference:
 
     def __init__(self, job: Job, tokenizer: Tokenizer, *, local_rank: int = 0) -> None:
         """Raises: DataError, the folder holds no model, or one with fewer embeddings than the tokenizer has ids."""
+        from megaprior.models.lm import check_vocabulary  # transformers, which a parent of workers never needs
+        from megaprior.models.load import load_model
+
         self.device = _device(local_rank)
         self.model = load_model(job.model, dtype=job.dtype).to(self.device)
         check_vocabulary(self.model, tokenizer.vocab_size, source=job.model)

@@ -42,7 +42,7 @@ def claim(cfg: RunConfig, peers: Peers, stack: ExitStack) -> Checkpoint | None:
         remove_leftovers(out)
         found = newest(out)
         if found is not None:
-            refuse_other_run(cfg, found.manifest["trajectory"], where=out)
+            refuse_other_run(cfg, found.manifest["trajectory"], done=found.step, where=out)
         atomic_write(out / "config.yaml", yaml.safe_dump(dump_config(cfg), sort_keys=False))
         token = secrets.token_hex(8)
         (out / ".seen").write_text(token)

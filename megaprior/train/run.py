@@ -54,6 +54,8 @@ def train(cfg: RunConfig, *, dry_run: bool = False, signals: StopSignals | None 
         set_threads(int(os.environ.get("LOCAL_WORLD_SIZE", here.world)))
         if torch.cuda.is_available():
             torch.cuda.set_device(here.local_rank)
+        else:  # transformers imports DeepSpeed when it saves, which otherwise looks for a GPU and says that there is none
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         peers = connect(here, backend="nccl" if torch.cuda.is_available() else "gloo", timeout_s=cfg.timeout_s)
         stack.callback(peers.close)
         watchdog = stack.enter_context(Watchdog(peers, timeout_s=cfg.timeout_s))

@@ -73,7 +73,7 @@ def _guarded(peers: Peers, folder: Path, write: Any) -> None:
     error: Exception | None = None
     try:
         write()
-    except (OSError, RuntimeError) as found:  # torch and safetensors report a full disk as their own errors
+    except Exception as found:  # the peers are told before it is raised; torch and safetensors wrap a full disk in their own
         error = found
         free = shutil.disk_usage(folder).free
         if isinstance(found, OSError) or "write" in str(found).lower():

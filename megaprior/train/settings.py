@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,12 @@ from megaprior.data.weighting import WeightingConfig
 from megaprior.errors import UsageError
 from megaprior.files import digest_json
 from megaprior.models.lm import ModelConfig
-from megaprior.train.optim import OptimConfig, check_optim
+from megaprior.train.optim import OptimConfig, check_optim, learning_rate
 
-# These leave every loss and weight as it is, so a resumed run may have others.
-_FREE = {"out", "save_every", "eval_every", "eval_batches", "eval_threshold", "log_every", "timeout_s", "zero"}
+# These leave every loss and weight as it is, so a resumed run may have others. Data are compared by what they hold and not
+# by their paths (`Loader.identity`).
+_FREE = {"out", "data", "save_every", "eval_every", "eval_batches", "eval_threshold", "log_every", "timeout_s", "zero"}
+_LENGTH = {"steps", "optim.decay_steps"}
 
 
 @configclass
@@ -75,19 +77,30 @@ def trajectory_digest(cfg: RunConfig) -> str:
     return digest_json(trajectory(cfg))
 
 
-def refuse_other_run(cfg: RunConfig, recorded: dict[str, Any], *, where: Path) -> None:
-    """Refuse to resume a run under a configuration that would make it another one; `recorded` is its `trajectory`.
+def refuse_other_run(cfg: RunConfig, recorded: dict[str, Any], *, done: int, where: Path) -> None:
+    """Refuse to resume a run under a configuration that would have made another one of its `done` steps.
+
+    A run may be made longer or shorter when its learning rates so far would have been the same (constant, or wsd before its
+    decay). `recorded` is its `trajectory`.
 
     Raises:
         UsageError: names the first key that differs, both values and the remedy.
     """
     now = trajectory(cfg)
-    for key in sorted({*now, *recorded}):
-        if now.get(key) != recorded.get(key):
-            raise UsageError(
-                f"{where}: this run was begun with {key}={recorded.get(key)!r}, the command says {now.get(key)!r}; "
-                "repeat the original command to resume it, or choose another `out`"
-            )
+    differing = [key for key in sorted({*now, *recorded}) if now.get(key) != recorded.get(key)]
+    if set(differing) <= _LENGTH:
+        before = replace(cfg.optim, decay_steps=recorded["optim.decay_steps"])
+        rates = [
+            (learning_rate(cfg.optim, s, steps=cfg.steps), learning_rate(before, s, steps=recorded["steps"]))
+            for s in range(1, done + 1)
+        ]
+        if all(one == other for one, other in rates):
+            return
+    for key in differing:
+        raise UsageError(
+            f"{where}: this run was begun with {key}={recorded.get(key)!r}, the command says {now.get(key)!r}; "
+            "repeat the original command to resume it, or choose another `out`"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

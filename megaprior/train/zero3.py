@@ -105,7 +105,7 @@ class Zero3Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`: one tensor is whole at a time, on every rank."""
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         for name, tensor in model_weights(self.module):
             with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):

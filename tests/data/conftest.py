@@ -48,18 +48,18 @@ def spec(tokenizer: Tokenizer) -> VisionSpec:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def content() -> type[Content]:
     """The record that `write_shards` takes."""
     return Content
 
 
-@pytest.fixture
-def write_shards(tmp_path: Path, tokenizer: Tokenizer) -> Callable[[str, Content], Path]:
+@pytest.fixture(scope="session")
+def write_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[[str, Content], Path]:
     """`write_shards(name, content)` writes a complete folder of shards and returns it."""
 
     def write(name: str, content: Content) -> Path:
-        folder = tmp_path / name
+        folder = tmp_path_factory.mktemp("shards") / name
         folder.mkdir()
         kind = "text" if content.sizes is None else "pairs"
         manifests = []

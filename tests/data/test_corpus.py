@@ -19,12 +19,12 @@ CAPTIONS = [[10, 2], [11, 12, 2], [13, 14, 15, 16, 2], [17, 2]]
 SIZES = [(4, 4), (16, 8), (30, 40), (3, 200)]  # 1x1, 4x2, 3x4 and 1x4 patches of 4 pixels under a limit of 16
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pairs(write_shards: Write, content: type) -> ShardSet:
     return ShardSet.open(write_shards("pairs", content(CAPTIONS, sizes=SIZES, shards=2)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def text(write_shards: Write, content: type) -> ShardSet:
     return ShardSet.open(write_shards("text", content([[20, 21, 22, 2], [23, 2]])))
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megaprior.config import load_config
-from megaprior.data.weighting import WeightingConfig, caption_weights, check_scores, is_flat
+from megaprior.data.samples import Segment
+from megaprior.data.weighting import WeightingConfig, caption_weights, check_scores, is_flat, weigh
 from megaprior.errors import DataError, UsageError
 
 CAPTIONS = st.lists(st.lists(st.floats(-32, -(2**-10), width=32), min_size=1, max_size=12), min_size=1, max_size=5)
@@ -47,8 +48,30 @@ def test_importance_is_used_as_it_is() -> None:
     assert g.tolist() == [0.5, 1.5, 1.0]
 
 
-def test_no_captions_give_no_weights() -> None:
+def test_no_captions_and_captions_without_loss_give_no_weights() -> None:
     assert caption_weights([], kind="logprob", alpha=1.0, length_scale=True).tolist() == []
+    empty, one = np.empty(0, dtype=np.float32), np.array([-1], dtype=np.float32)
+    assert caption_weights([empty, one, empty], kind="logprob", alpha=1.0, length_scale=True).tolist() == [1.0]
+
+
+def segment(scores: list[float] | None, *, image: bool = True) -> Segment:
+    values = None if scores is None else np.array(scores, dtype=np.float32)
+    return Segment(0, np.arange(3), np.ones(3, dtype=np.float32), scores=values, grid=(1, 1) if image else None)
+
+
+def test_only_scored_captions_behind_images_are_weighed_each_by_its_kind() -> None:
+    segments = [
+        segment([0, 1, 3]),
+        segment(None),
+        segment([0, 0, -np.inf]),
+        segment([0, 1, 3], image=False),
+        segment([0, 0, 0]),
+    ]
+    kinds = ["importance", None, "logprob", "importance", "importance"]
+    weighted, flat = weigh(segments, kinds, WeightingConfig(kind="prior"))
+    assert [s.token_weight.tolist() for s in weighted] == [[0, 0.75, 2.25], [1, 1, 1], [0, 0, 3], [1, 1, 1], [1, 1, 1]]
+    assert flat == 1
+    assert weigh([], [], WeightingConfig(kind="prior")) == ([], 0)
 
 
 def test_a_caption_known_by_heart_falls_back_to_equal_weights_and_is_counted() -> None:

@@ -19,11 +19,11 @@ Members = list[tuple[str, bytes]]
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds a SentencePiece tokenizer of 400 ids."""
+    """A folder that holds a SentencePiece tokenizer of 380 ids."""
     folder = tmp_path_factory.mktemp("tokenizer")
     colours, shapes = ("red", "green", "blue", "grey"), ("square", "circle", "star", "cross")
     texts = [f"A photo of one {c} {s} beside {n} dogs." for c in colours for s in shapes for n in range(9)]
-    train_sentencepiece(texts, folder, vocab_size=400)
+    train_sentencepiece(texts, folder, vocab_size=380)
     return folder
 
 

@@ -72,7 +72,8 @@ def test_rows_add_up_however_captions_are_packed(step, row_of):
     want = torch.autograd.grad(together, list(step.parameters()))
     got = torch.autograd.grad(sum(apart), list(step.parameters()))
     assert abs(together.item() - sum(apart).item()) < 1e-6
-    assert all((a - b).abs().max() < 1e-6 for a, b in zip(got, want, strict=True))
+    largest = max(b.abs().max() for b in want)
+    assert all((a - b).abs().max() < 3e-6 * largest for a, b in zip(got, want, strict=True))  # 6e-7 measured
 
 
 def test_a_dummy_row_adds_nothing_but_touches_everything(step, row_of):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.errors import DataError, UsageError
+from megaprior.errors import DataError, MegapriorError, UsageError
 from megaprior.files import read_manifest, write_manifest
 from megaprior.score.reference import score
 
@@ -91,8 +90,11 @@ def test_a_caption_longer_than_a_row_is_refused(reference: Path, write_captions:
 def test_a_resume_on_other_hardware_is_refused_unless_asked_for(
     reference: Path, write_captions: Callable[..., Path]
 ) -> None:
-    folder = write_captions("pairs")
-    killed(reference, folder, processes=1, after=lambda units: units >= 2)
+    folder = write_captions("pairs", captions=1000)
+    ranks = start(reference, folder)
+    while units_done(folder) < 2:
+        time.sleep(0.002)
+    assert kill(ranks)
     ledger = folder / ".score-ref_logprob"
     (record,) = ledger.glob("record-*.json")
     body = read_manifest(record, format="megaprior.score_record")
@@ -110,46 +112,61 @@ def test_a_resume_on_other_hardware_is_refused_unless_asked_for(
 # ---------------------------------------------------------------- kills
 
 
-def killed(reference: Path, folder: Path, *, processes: int, after: Callable[[int], bool]) -> int:
-    """Start a scorer as a process of its own and SIGKILL it once `after(units finished)` holds; its exit code."""
-    context = multiprocessing.get_context("forkserver")  # a fresh process that has torch loaded already
+def start(reference: Path, folder: Path, *, world: int = 1) -> list[multiprocessing.Process]:
+    """The ranks of one scoring run, each a process of its own as a launcher starts them."""
+    context = multiprocessing.get_context("forkserver")  # fresh processes that have torch loaded already
     context.set_forkserver_preload(["megaprior.score.reference", "megaprior.models.load", "megaprior.kernels.door"])
-    target = context.Process(target=_score, args=(reference, folder, processes))
-    target.start()
-    assert target.pid is not None
-    ledger = folder / ".score-ref_logprob"
-    while target.is_alive() and not after(len(list(ledger.glob("*.npy")))):
-        time.sleep(0.002)
-    os.kill(target.pid, signal.SIGKILL)
-    target.join(60)
-    assert target.exitcode is not None
-    return target.exitcode
+    ranks = [context.Process(target=_score, args=(reference, folder, rank, world)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    return ranks
 
 
-def _score(reference: Path, folder: Path, processes: int) -> None:
-    score(model=reference, shards=folder, processes=processes, **SMALL)
+def _score(reference: Path, folder: Path, rank: int, world: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the ranks meet in the ledger, not there
+    score(model=reference, shards=folder, **SMALL)
+
+
+def kill(ranks: list[multiprocessing.Process]) -> bool:
+    """SIGKILL every rank; whether one of them was still at work."""
+    for process in ranks:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+    for process in ranks:
+        process.join(60)
+    return any(process.exitcode == -signal.SIGKILL for process in ranks)
+
+
+def units_done(folder: Path) -> int:
+    return len(list((folder / ".score-ref_logprob").glob("*.npy")))
 
 
 def test_killed_anywhere_and_repeated_with_other_world_sizes_the_bytes_are_the_same(
     reference: Path, write_captions: Callable[..., Path]
 ) -> None:
-    undisturbed = write_captions("undisturbed")
-    score(model=reference, shards=undisturbed, **SMALL)
-    expected = streams(undisturbed)
+    folder = write_captions("pairs", captions=400)
+    score(model=reference, shards=folder, **SMALL)
+    expected = streams(folder)
+    for name in expected:
+        (folder / name).unlink()
 
-    folder = write_captions("killed")
-    # Same content, so the same build id: the folder's name is in messages only.
-    for path in folder.iterdir():
-        if path.is_file():
-            path.write_bytes((undisturbed / path.name).read_bytes())
     dice = random.Random(0)
     kills = 0
-    for _ in range(8):
-        start, wait = time.monotonic(), dice.uniform(0.0, 0.6)
-        code = killed(reference, folder, processes=1, after=lambda _, end=start + wait: time.monotonic() > end)
-        kills += code == -signal.SIGKILL
+    for world in (1, 2, 3, 1, 2, 3, 2, 1):
+        before, ranks = units_done(folder), start(reference, folder, world=world)
+        end = time.monotonic() + 10
+        while (
+            units_done(folder) <= before and time.monotonic() < end and not (folder / "00001.ref_logprob.json").exists()
+        ):
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0.0, 0.03))
+        kills += kill(ranks)
     assert kills >= 4, "most of these runs should have been killed before they ended"
-    score(model=reference, shards=folder, processes=2, **SMALL)
+    ranks = start(reference, folder, world=2)
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
     assert streams(folder) == expected
     assert verify(folder) == []
 
@@ -158,13 +175,10 @@ def test_killed_while_it_assembles_nothing_is_lost_or_doubled(
     reference: Path, write_captions: Callable[..., Path]
 ) -> None:
     folder = write_captions("pairs", shards=4)
-    seen = []
-
-    def first_stream_done(_: int) -> bool:
-        seen.append((folder / "00000.ref_logprob.json").exists())
-        return seen[-1]
-
-    killed(reference, folder, processes=1, after=first_stream_done)
+    ranks = start(reference, folder)
+    while ranks[0].is_alive() and not (folder / "00000.ref_logprob.json").exists():
+        pass
+    kill(ranks)
     done = (folder / "00000.ref_logprob.bin").stat().st_mtime_ns
     score(model=reference, shards=folder, **SMALL)
     assert (folder / "00000.ref_logprob.bin").stat().st_mtime_ns == done  # a finished stream is not written again
@@ -175,72 +189,49 @@ def test_killed_while_it_assembles_nothing_is_lost_or_doubled(
 def test_a_worker_that_dies_ends_the_command_and_its_units_are_kept(
     reference: Path, write_captions: Callable[..., Path]
 ) -> None:
-    folder = write_captions("pairs", captions=3000)
-    command = [sys.executable, "-c", _CALL, json.dumps([str(reference), str(folder)])]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    ledger = folder / ".score-ref_logprob"
-    while parent.poll() is None and len(list(ledger.glob("*.npy"))) < 3:
-        time.sleep(0.005)
-    workers = _children(parent.pid)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    _, said = parent.communicate(timeout=60)
-    assert parent.returncode == 1
-    assert "scorer process 1 of 2 was killed by SIGKILL" in said
-    assert "are kept: repeat the command" in said
-    assert not Path(f"/proc/{workers[0]}").exists(), "the other worker is stopped"
-    kept = {path.name: path.stat().st_mtime_ns for path in ledger.glob("*.npy")}
-    assert len(kept) >= 3
+    folder = write_captions("pairs", captions=2000)
+    found: list[list[int]] = []
+
+    def kill_one() -> None:
+        end = time.monotonic() + 120
+        while units_done(folder) < 3 and time.monotonic() < end:
+            time.sleep(0.002)
+        found.append(_workers())
+        os.kill(found[0][1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(
+        MegapriorError, match=r"process 1 of 2 was killed by SIGKILL.*are kept: repeat the command"
+    ) as raised:
+        score(model=reference, shards=folder, processes=2, **SMALL)
+    killer.join()
+    assert raised.value.exit_code == 1
+    assert len(found[0]) == 2
+    assert _workers() == [], "the other worker is stopped"
+    kept = units_done(folder)
+    assert kept >= 3
     summary = score(model=reference, shards=folder, **SMALL)
     assert 0 < summary["tokens_computed"] < summary["tokens"]
+    interrupted = streams(folder)
+    for name in interrupted:
+        (folder / name).unlink()
+    score(model=reference, shards=folder, **SMALL)
+    assert streams(folder) == interrupted
     assert verify(folder) == []
 
 
-_CALL = f"""
-import json, sys
-from megaprior.errors import MegapriorError
-from megaprior.score.reference import score
-model, shards = json.loads(sys.argv[1])
-try:
-    score(model=model, shards=shards, processes=2, **{SMALL})
-except MegapriorError as error:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
-"""
-
-
-def _children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`, in the order of their start."""
+def _workers() -> list[int]:
+    """Process ids of this process's scorer workers, in the order of their start."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and b"megaprior.score.worker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
         except OSError:
             continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
     return sorted(found)
-
-
-# ---------------------------------------------------------------- under a launcher
-
-
-def test_ranks_of_a_launcher_share_the_work_and_the_bytes_are_the_same(
-    reference: Path, write_captions: Callable[..., Path]
-) -> None:
-    expected_folder = write_captions("pairs")
-    score(model=reference, shards=expected_folder, **SMALL)
-    expected = streams(expected_folder)
-    for path in expected_folder.glob("*.ref_logprob.*"):
-        path.unlink()
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    call = _CALL.replace("processes=2, ", "")
-    arguments = [sys.executable, "-c", call, json.dumps([str(reference), str(expected_folder)])]
-    ranks = [
-        subprocess.Popen(arguments, env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("1", "0")
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    assert streams(expected_folder) == expected
 
 
 # ---------------------------------------------------------------- a full disk

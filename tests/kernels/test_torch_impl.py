@@ -1,0 +1,384 @@
+"""impl="torch" against float64 autograd with whole logits, and the promises about memory, work and repeated backwards.
+
+Letters: N loss tokens, V vocabulary, H width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megaprior.kernels import linear_logprob, linear_weighted_cross_entropy, oracle, torch_impl, weighted_cross_entropy
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
+def problem(n, vocabulary, width, *, seed=0, dtype=F32, ignored=(), zero=()):
+    """hidden, weight, targets, token_weight; non-uniform weights, sharp enough logits."""
+    make = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, width, generator=make).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=make).to(dtype).requires_grad_()
+    targets = torch.randint(vocabulary, (n,), generator=make)
+    token_weight = 3 * torch.rand(n, generator=make)
+    targets[list(ignored)] = -100
+    token_weight[list(zero)] = 0
+    return hidden, weight, targets, token_weight
+
+
+def linear(hidden, weight, targets, token_weight, *, upstream=1.0, run=linear_weighted_cross_entropy, **options):
+    """loss, nll, d hidden, d weight on fresh leaves."""
+    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss, nll = run(hidden, weight, targets, token_weight, **options)
+    (loss * upstream).backward()
+    return loss.detach(), nll, hidden.grad, weight.grad
+
+
+def given_logits(hidden, weight, targets, token_weight, *, upstream=1.0, run=weighted_cross_entropy, **options):
+    """loss, nll, d logits. The logits are a product, as in a model, so they may be overwritten."""
+    leaf = (hidden @ weight.T).detach().requires_grad_()
+    loss, nll = run(leaf * 1, targets, token_weight, **options)
+    (loss * upstream).backward()
+    return loss.detach(), nll, leaf.grad
+
+
+def exact(call, hidden, weight, targets, token_weight, **options):
+    """The oracle's answer in float64 to `linear` or `given_logits`."""
+    run = oracle.linear_weighted_cross_entropy if call is linear else oracle.weighted_cross_entropy
+    wide = None if token_weight is None else token_weight.double()
+    return call(hidden.double(), weight.double(), targets, wide, run=run, **options)
+
+
+def assert_all_close(got, want, *, tolerance):
+    """Every answer within `tolerance` of the largest magnitude of the exact one (or of 1)."""
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        error = (a.double() - b).abs().max().item() if a.numel() else 0.0
+        assert error <= tolerance * max(1.0, b.abs().max().item() if b.numel() else 0.0)
+
+
+CALLS = pytest.mark.parametrize("call", [linear, given_logits])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), call=st.sampled_from([linear, given_logits]), dtype=st.sampled_from([F32, F64]))
+def test_any_shape_matches_float64(data, call, dtype):
+    n, vocabulary = data.draw(st.integers(0, 40)), data.draw(st.sampled_from([1, 2, 17, 64, 129, 1000]))
+    positions = st.sets(st.integers(0, n - 1)) if n else st.just(set())
+    case = problem(
+        n, vocabulary, data.draw(st.sampled_from([1, 5, 16])), dtype=dtype, seed=data.draw(st.integers(0, 99)),
+        ignored=data.draw(positions), zero=data.draw(positions),
+    )  # fmt: skip
+    options = {
+        "upstream": data.draw(st.sampled_from([1.0, -2.5])),
+        "denominator": data.draw(st.sampled_from([None, 7])),
+    }
+    got = call(*case, **options, chunk_rows=data.draw(st.sampled_from([None, 1, 3, 16])))
+    assert_all_close(got, exact(call, *case, **options), tolerance=2e-6 if dtype == F32 else 1e-13)
+    assert (got[1] >= 0).all()
+
+
+@CALLS
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    ("n", "ignored", "zero"),
+    [(5, (), ()), (5, (0,), ()), (5, (), (2,)), (5, (0, 4), (1, 3)), (5, range(5), ()), (5, (), range(5)), (1, (), ())],
+    ids=["weights", "first masked", "weight 0", "mixed", "all masked", "all weights 0", "one token"],
+)
+def test_a_vocabulary_of_128256(call, n, ignored, zero, weighted):
+    *case, token_weight = problem(n, 128_256, 4, ignored=ignored, zero=zero)
+    case.append(token_weight if weighted else None)
+    got, want = call(*case, upstream=0.37, chunk_rows=2), exact(call, *case, upstream=0.37)
+    assert_all_close(got, want, tolerance=1e-6)
+    assert [answer.dtype for answer in got] == [F32] * len(got)
+
+
+@CALLS
+@pytest.mark.parametrize("n", [0, 6])
+def test_no_target_at_all_gives_zero_still_connected(call, n):
+    case = problem(n, 12, 4, ignored=range(n))
+    for token_weight in (None, case[3], torch.full((n,), math.nan)):
+        loss, nll, *gradients = call(*case[:3], token_weight)
+        assert loss == 0
+        assert nll.tolist() == [0] * n
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_gradcheck():
+    hidden, weight, targets, token_weight = problem(6, 9, 4, dtype=F64, ignored=(1,), zero=(3,))
+
+    def fused(hidden, weight):
+        return linear_weighted_cross_entropy(hidden, weight, targets, token_weight, denominator=11, chunk_rows=2)[0]
+
+    def from_logits(hidden, weight):
+        return weighted_cross_entropy(hidden @ weight.T, targets, token_weight, denominator=11, chunk_rows=2)[0]
+
+    assert torch.autograd.gradcheck(fused, (hidden, weight))
+    assert torch.autograd.gradcheck(from_logits, (hidden, weight))
+
+
+@CALLS
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_no_weights_ones_and_alpha_zero_agree_bit_for_bit(call, dtype):
+    hidden, weight, targets, _ = problem(50, 301, 8, dtype=dtype, ignored=(0, 7, 31))
+    scores, edges = -torch.rand(50).index_fill(0, torch.tensor([2, 9]), 0.0), torch.tensor([0, 1, 20, 50])
+    scores[11] = -math.inf
+    want = call(hidden, weight, targets, None)
+    for token_weight, options in (
+        (torch.ones(50), {}),
+        (None, {"denominator": 47}),
+        (None, {"denominator": torch.tensor(47.0)}),
+        (None, {"scores": scores, "cu_seqlens": edges, "alpha": 0.0}),
+        (None, {"scores": torch.full((50,), -0.7), "cu_seqlens": edges, "alpha": 0.5}),
+    ):
+        got = call(hidden, weight, targets, token_weight, **options)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@CALLS
+def test_bfloat16_errs_at_most_twice_what_the_plain_path_errs(call):
+    case = problem(300, 500, 32, dtype=BF16, ignored=(5,), zero=(9, 10))
+    plain = oracle.linear_weighted_cross_entropy if call is linear else oracle.weighted_cross_entropy
+    want, theirs, ours = exact(call, *case), call(*case, run=plain), call(*case, chunk_rows=64)
+    if call is given_logits:  # the logits themselves were rounded to bfloat16 before either path saw them
+        leaf = (case[0] @ case[1].T).detach().double().requires_grad_()
+        loss, nll = oracle.weighted_cross_entropy(leaf, case[2], case[3].double())
+        loss.backward()
+        want = loss.detach(), nll, leaf.grad
+    for exactly, plainly, fused in zip(want[1:], theirs[1:], ours[1:], strict=True):
+        assert fused.dtype == plainly.dtype
+        assert (fused.double() - exactly).norm() <= 2 * (plainly.double() - exactly).norm() + 1e-6
+
+
+def test_the_weight_gradient_accumulates_in_float32():
+    case = problem(4096, 8, 4, dtype=BF16)
+    want = exact(linear, *case)[3]
+    plain = linear(*case, run=oracle.linear_weighted_cross_entropy)[3]
+    ours = linear(*case, chunk_rows=16)[3]  # 256 partial sums
+    hidden, weight, targets, token_weight = case
+    in_bfloat16 = torch.zeros_like(weight)
+    for at in range(0, 4096, 16):
+        rows = slice(at, at + 16)
+        in_bfloat16 += linear(hidden[rows], weight, targets[rows], token_weight[rows], denominator=4096)[3]
+    plain_error, error, rough = ((g.double() - want).norm() for g in (plain, ours, in_bfloat16))
+    assert ours.dtype == BF16
+    assert error <= 2 * plain_error
+    assert rough > 2 * plain_error  # so the line above can fail
+
+
+def test_a_float32_weight_under_bfloat16_states_keeps_its_dtype():
+    hidden, weight, targets, token_weight = problem(40, 60, 8)
+    got = linear(hidden.bfloat16(), weight, targets, token_weight)
+    assert [answer.dtype for answer in got] == [F32, F32, BF16, F32]
+    rounded = exact(linear, hidden.bfloat16(), weight.bfloat16(), targets, token_weight)
+    assert_all_close(got, rounded, tolerance=2e-2)
+
+
+@CALLS
+def test_a_second_backward_is_right(call):
+    hidden, weight, targets, token_weight = problem(20, 33, 5, zero=(3,))
+    if call is linear:
+        leaves, run, wide = (hidden, weight), linear_weighted_cross_entropy, (hidden.double(), weight.double())
+        loss, _ = run(hidden, weight, targets, token_weight, chunk_rows=8)
+        true, _ = oracle.linear_weighted_cross_entropy(*wide, targets, token_weight.double())
+    else:
+        leaves = ((hidden @ weight.T).detach().requires_grad_(),)
+        loss, _ = weighted_cross_entropy(leaves[0] * 1, targets, token_weight, chunk_rows=8)
+        true, _ = oracle.weighted_cross_entropy(leaves[0].double(), targets, token_weight.double())
+    want = torch.autograd.grad(true, leaves)
+    for upstream in (1.0, 0.0, -4.0, 1.0):
+        got = torch.autograd.grad(loss, leaves, torch.tensor(upstream), retain_graph=True)
+        assert all(torch.allclose(a, upstream * b, atol=1e-6) for a, b in zip(got, want, strict=True))
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(torch.autograd.grad(loss, leaves, create_graph=True)[0].sum(), leaves)
+
+
+def test_micro_batches_under_one_denominator_add_up():
+    hidden, weight, targets, token_weight = problem(32, 40, 8, ignored=(2, 30))
+    whole = linear(hidden, weight, targets, token_weight, denominator=30)
+    parts = [linear(hidden[at : at + 8], weight, targets[at : at + 8], token_weight[at : at + 8], denominator=30)
+             for at in range(0, 32, 8)]  # fmt: skip
+    torch.testing.assert_close(sum(part[0] for part in parts), whole[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat([part[2] for part in parts]), whole[2], rtol=0, atol=1e-7)
+    torch.testing.assert_close(sum(part[3] for part in parts), whole[3], rtol=0, atol=1e-6)
+
+
+class Operations(TorchDispatchMode):
+    """What ran: names of operations, rows that went through products, the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.product_rows, self.largest = Counter(), Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        self.names[name] += 1
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.product_rows[
+                "weight" if left.shape[1] == right.shape[0] == left.shape[-1] and name != "mm" else name
+            ] += left.shape[1] if name != "mm" else left.shape[0]
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def products(hidden, weight, targets, token_weight):
+    """(loss, rows through hidden @ weight^T or grad @ weight, rows through the weight's gradient)."""
+    with Operations() as seen:
+        loss, _ = linear_weighted_cross_entropy(hidden, weight, targets, token_weight)
+    return loss, seen.product_rows["mm"], seen.product_rows["weight"]
+
+
+def test_nothing_is_computed_that_nobody_asked_for():
+    hidden, weight, targets, token_weight = problem(40, 70, 8)
+    frozen_hidden, frozen_weight = hidden.detach(), weight.detach()
+    assert products(hidden, weight, targets, token_weight)[1:] == (80, 40)
+    assert products(hidden, frozen_weight, targets, token_weight)[1:] == (80, 0)
+    assert products(frozen_hidden, weight, targets, token_weight)[1:] == (40, 40)
+    assert products(frozen_hidden, frozen_weight, targets, token_weight)[1:] == (40, 0)
+    with torch.no_grad():
+        loss, *rows = products(hidden, weight, targets, token_weight)
+    assert rows == [40, 0]
+    assert not loss.requires_grad
+
+
+def test_rows_of_weight_zero_cost_no_gradient_and_ignored_rows_nothing():
+    hidden, weight, targets, token_weight = problem(40, 70, 8, ignored=range(10), zero=range(5, 22))
+    loss, through, gradient = products(hidden, weight, targets, token_weight)
+    assert (through, gradient) == (30 + 18, 18)
+    loss.backward()
+    assert (hidden.grad[:22] == 0).all()
+    assert (hidden.grad[22:] != 0).any(dim=1).all()
+
+
+def test_frozen_sides_get_no_gradient():
+    hidden, weight, targets, token_weight = problem(10, 20, 4)
+    want = linear(hidden, weight, targets, token_weight)
+    linear_weighted_cross_entropy(hidden, weight.detach(), targets, token_weight)[0].backward()
+    assert torch.equal(hidden.grad, want[2])
+    assert weight.grad is None
+    hidden.grad = None
+    linear_weighted_cross_entropy(hidden.detach(), weight, targets, token_weight)[0].backward()
+    assert torch.equal(weight.grad, want[3])
+    assert hidden.grad is None
+
+
+def test_results_that_carry_no_gradient():
+    hidden, weight, targets, token_weight = problem(10, 20, 4)
+    weighted = token_weight.requires_grad_()
+    loss, nll = linear_weighted_cross_entropy(hidden, weight, targets, weighted)
+    loss.backward()
+    assert weighted.grad is None
+    assert not nll.requires_grad
+    assert not weighted_cross_entropy(hidden @ weight.T, targets, weighted)[1].requires_grad
+    assert not linear_logprob(hidden, weight, targets).requires_grad
+    with torch.no_grad():
+        for quiet in (linear_weighted_cross_entropy(hidden, weight, targets, weighted),
+                      weighted_cross_entropy(hidden @ weight.T, targets, weighted)):  # fmt: skip
+            assert not quiet[0].requires_grad
+            torch.testing.assert_close(quiet[0], loss.detach())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_whole_logits_never_exist(dtype):
+    n, vocabulary, width, rows = 256, 1_000, 4, 16
+    hidden, weight, targets, token_weight = problem(n, vocabulary, width, dtype=dtype, zero=(3,), ignored=(8,))
+    with Operations() as seen:
+        linear_weighted_cross_entropy(hidden, weight, targets, token_weight, chunk_rows=rows)[0].backward()
+        linear_logprob(hidden, weight, targets, chunk_rows=rows)
+        with torch.no_grad():
+            linear_weighted_cross_entropy(hidden, weight, targets, token_weight, chunk_rows=rows)
+    assert seen.largest == rows * vocabulary  # against n * vocabulary
+
+
+def test_chunks_are_bounded_and_know_nothing_of_n():
+    for device, budget in (("cpu", 128 << 20), ("cuda", 256 << 20)):
+        for vocabulary in (50, 32_004, 128_256, 256_000):
+            rows = torch_impl.default_chunk_rows(vocabulary, torch.device(device))
+            assert rows % 16 == 0
+            assert rows * vocabulary * 4 <= budget
+            assert rows >= (64 if device == "cpu" else 256)
+
+
+@CALLS
+def test_an_upstream_gradient_is_honoured_without_looking_at_it(call):
+    hidden, weight, targets, token_weight = problem(10, 20, 4)
+    loss, _ = (linear_weighted_cross_entropy(hidden, weight, targets, token_weight) if call is linear else
+               weighted_cross_entropy(hidden @ weight.T, targets, token_weight))  # fmt: skip
+    with Operations() as seen:
+        loss.backward(torch.tensor(3.0))
+    assert seen.names["mul"] > 0  # the mode sees the backward pass
+    if call is linear:
+        assert seen.names["_local_scalar_dense"] == 0
+
+
+@CALLS
+def test_the_path_of_accelerators(call, monkeypatch):
+    """There every row is worked on, since sorting them out would wait for the device."""
+
+    def runs(keep, active, chunk_rows):
+        return ((slice(at, at + chunk_rows), True) for at in range(0, len(keep), chunk_rows))
+
+    monkeypatch.setattr(torch_impl, "_blocks", runs)
+    case = problem(20, 60, 8, ignored=(0, 5, 19), zero=(3, 4))
+    got = call(*case, chunk_rows=8)
+    assert_all_close(got, exact(call, *case), tolerance=1e-6)
+    hidden, weight, targets, token_weight = case
+    with Operations() as seen:
+        linear_weighted_cross_entropy(hidden, weight, targets, token_weight, denominator=17)[0].backward()
+    assert seen.names["_local_scalar_dense"] == 1  # the range of targets, checked on the CPU only
+
+
+@CALLS
+def test_the_far_ends_of_softmax(call):
+    logits = torch.tensor([[200.0, 0.0, -300.0], [0.0, -200.0, -200.0], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0]])
+    hidden, weight = (logits, torch.eye(3)) if call is linear else (logits, torch.eye(3))
+    targets, token_weight = torch.tensor([2, 0, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    got = call(hidden, weight, targets, token_weight)
+    assert got[1].tolist() == pytest.approx([500, 0, math.log(2), math.log(3)], abs=1e-6)
+    assert_all_close(got, exact(call, hidden, weight, targets, token_weight), tolerance=1e-6)
+
+
+def test_masked_logits_and_an_infinite_nll_of_weight_zero():
+    logits = torch.randn(3, 5)
+    logits[:, 4] = -math.inf
+    targets, token_weight = torch.tensor([4, 1, 2]), torch.tensor([0.0, 1.0, 2.0])
+    leaf = logits.requires_grad_()
+    loss, nll = weighted_cross_entropy(leaf, targets, token_weight)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert nll[0] == math.inf
+    want = -logits.detach()[1:, :4].double().log_softmax(-1)[[0, 1], [1, 2]]
+    assert loss.item() == pytest.approx((want * torch.tensor([1.0, 2.0])).sum().item() / 3, rel=1e-6)
+    assert (gradient[0] == 0).all()
+    assert (gradient[:, 4] == 0).all()
+    assert gradient.isfinite().all()
+
+
+def test_logprob_takes_its_logits_in_float32():
+    hidden, weight, targets, _ = problem(200, 300, 64, dtype=BF16, ignored=(4,))
+    got = linear_logprob(hidden, weight, targets, chunk_rows=64)
+    nll = oracle.linear_weighted_cross_entropy(hidden.double(), weight.double(), targets)[1]
+    assert got.dtype == F32
+    assert (got <= 0).all()
+    assert got[4] == 0
+    torch.testing.assert_close(got.double(), -nll, rtol=1e-6, atol=1e-5)
+    in_bfloat16 = oracle.linear_weighted_cross_entropy(hidden, weight, targets)[1]
+    assert (in_bfloat16 - nll).abs().max() > 1e-2  # so the line above can fail
+    for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12)):
+        again = linear_logprob(hidden.to(dtype), weight, targets)
+        assert again.dtype == dtype
+        torch.testing.assert_close(again.double(), -nll, rtol=1e-6, atol=tolerance)
+
+
+def test_logprob_is_minus_the_nll_of_the_loss():
+    hidden, weight, targets, token_weight = problem(50, 80, 8, ignored=(0,))
+    _, nll = linear_weighted_cross_entropy(hidden, weight, targets, token_weight)
+    assert torch.equal(linear_logprob(hidden, weight, targets), -nll)
