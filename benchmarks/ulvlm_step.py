@@ -49,7 +49,7 @@ RESULTS = Path(__file__).parent / "results"
 OPTIM = OptimConfig(lr=1e-4)
 DECODERS = 2
 # fp32 losses of about 10 that two orders of summation and as many updates may part.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 class Ours:

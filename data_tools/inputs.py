@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from megaprior.data.indexed import looks_like
 from megaprior.errors import DataError, UsageError
@@ -33,7 +33,7 @@ _FOREIGN = {  # first bytes -> what such a file is, beyond what `looks_like` kno
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One input file; `name` is relative to the folder all inputs share, `size` in bytes on disk."""
+    """One input file; `name` is the end of its path that tells it from the other inputs, `size` in bytes on disk."""
 
     path: Path
     name: str
@@ -69,7 +69,7 @@ def open_input(path: Path) -> Iterator[OpenInput]:
             yield OpenInput(raw, raw)
             return
         with gzip.GzipFile(fileobj=raw, mode="rb") as unpacked:
-            yield OpenInput(unpacked, raw)
+            yield OpenInput(cast(IO[bytes], unpacked), raw)
 
 
 def find_sources(paths: Sequence[Path], *, format: str = "auto") -> tuple[list[Source], list[Path]]:
@@ -96,14 +96,25 @@ def find_sources(paths: Sequence[Path], *, format: str = "auto") -> tuple[list[S
     if len(set(resolved)) < len(resolved):
         twice = next(path for path in resolved if resolved.count(path) > 1)
         raise UsageError(f"--input {twice}: given twice; its samples would be doubled")
-    # Names as the user sees them: a link into a store of blobs keeps its own name.
-    root = os.path.commonpath([os.path.abspath(path.parent) for path, _ in files])
     sources = []
-    for path, kind in files:
+    for (path, kind), name in zip(files, _short_names([path for path, _ in files]), strict=True):
         size = _check_content(path, kind)
-        name = Path(os.path.relpath(path, root)).as_posix()
         sources.append(Source(path=path, name=name, format=kind, size=size, digest=sampled_digest(path)))
     return sources, left_out
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """File names, with as many of their folders as tell them apart; where the folders lie does not matter.
+
+    Links keep their own names: in a store of blobs those of their targets say nothing.
+    """
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    names: list[str] = []
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def sampled_digest(path: Path) -> str:

@@ -70,6 +70,10 @@ def make_plan(paths: Sequence[Path], options: BuildOptions, *, fingerprint: str)
     if options.images is not None and not options.images.is_dir():
         raise UsageError(f"--images {options.images}: no such folder")
     kind = kinds.pop()
+    if options.documents and kind == "pairs":
+        raise UsageError("--documents cuts text, a pair's caption stays whole; add --text to take the captions alone")
+    if options.images is not None and not any(source.format in ("jsonl", "tsv") for source in sources):
+        raise UsageError(f"--images {options.images}: no input is a jsonl or tsv that names images")
     jobs = [job for source in sources for job in _cut(source, options, pairs=kind == "pairs")]
     jobs = [ShardJob(prefix=f"{number:05d}", **job) for number, job in enumerate(jobs)]
     recorded = {

@@ -1,10 +1,14 @@
-"""Scenes of coloured shapes, 64 x 64 pixels: what they are made of, how one is drawn at random and rendered."""
+"""Scenes of coloured shapes, 64 x 64 pixels: what they are made of, how one is chosen and rendered."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.ImageDraw import ImageDraw
 
 SIDE = 64  # pixels; a multiple of 16, the patch of the small models
 COLOURS = {
@@ -20,87 +24,87 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 GROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (15, 15, 15), "beige": (235, 220, 180)}
 PATTERNS = ("plain", "striped", "dotted", "checked")
-RADIUS = {"small": 9, "large": 16}  # half the width of a single shape, in pixels
+
+# Pixels: half the width of a shape, the centre of a single one, and the way from the middle to the first of two.
+SIZES = {"small": 9, "large": 16}
 CENTRES = {"left": (19, 32), "right": (45, 32), "upper": (32, 19), "lower": (32, 45), "middle": (32, 32)}
-SIDES = {
-    "left of": (-15, 0),
-    "right of": (15, 0),
-    "above": (0, -15),
-    "below": (0, 15),
-}  # of the first of two, to the middle
+SIDES = {"left of": (-15, 0), "right of": (15, 0), "above": (0, -15), "below": (0, 15)}
 LINES = {"row": (1, 0), "column": (0, 1)}
+POSITIONS = {"single": tuple(CENTRES), "two": tuple(SIDES), "several": tuple(LINES)}
+_RADIUS_OF_TWO, _RADIUS_OF_SEVERAL = 12, 7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One picture. `kind` "single": `size` and `place` of CENTRES; "two": `place` of SIDES, the main shape's side of the
-    other; "several": `count` equal shapes along `place` of LINES. `jitter`: pixels that everything is moved by (x, y)."""
+    """What one picture shows.
+
+    `kind` is "single" (with a `size`), "two" (the main shape stands `position` the other one) or "several" (`count` equal
+    shapes in a row or column); `jitter` moves all shapes by that many pixels.
+    """
 
     kind: str
     colour: str
     shape: str
-    place: str
+    position: str
     pattern: str
     ground: str
     jitter: tuple[int, int]
-    size: str = "middle"
+    size: str = ""
     count: int = 1
     other_colour: str = ""
     other_shape: str = ""
 
 
 def random_scene(rng: Random, *, kind: str | None = None) -> Scene:
-    """Every attribute uniform and independent of the others, so that none can be told from another."""
+    """A scene whose attributes are uniform and independent of each other, so that none can be told from another."""
     kind = kind or rng.choices(("single", "two", "several"), (6, 3, 1))[0]
     scene = Scene(
         kind=kind,
-        colour=rng.choice(list(COLOURS)),
+        colour=rng.choice(tuple(COLOURS)),
         shape=rng.choice(SHAPES),
-        place=rng.choice(list({"single": CENTRES, "two": SIDES, "several": LINES}[kind])),
+        position=rng.choice(POSITIONS[kind]),
         pattern=rng.choice(PATTERNS),
-        ground=rng.choice(list(GROUNDS)),
+        ground=rng.choice(tuple(GROUNDS)),
         jitter=(rng.randrange(-2, 3), rng.randrange(-2, 3)),
     )
     if kind == "single":
-        return replace(scene, size=rng.choice(list(RADIUS)))
+        return replace(scene, size=rng.choice(tuple(SIZES)))
     if kind == "two":
-        return replace(scene, other_colour=rng.choice(list(COLOURS)), other_shape=rng.choice(SHAPES))
+        return replace(scene, other_colour=rng.choice(tuple(COLOURS)), other_shape=rng.choice(SHAPES))
     return replace(scene, count=rng.choice((2, 3, 4)))
 
 
 def render(scene: Scene) -> bytes:
-    """The scene as a PNG file."""
+    """The scene as a PNG file of SIDE x SIDE pixels."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (SIDE, SIDE), GROUNDS[scene.ground])
     draw = ImageDraw.Draw(image)
     _draw_pattern(draw, scene)
-    dx, dy = scene.jitter
-    for x, y, radius, colour, shape in _objects(scene):
-        _draw_shape(draw, x + dx, y + dy, radius, COLOURS[colour], shape)
+    for x, y, radius, colour, shape in _shapes(scene):
+        _draw_shape(draw, x + scene.jitter[0], y + scene.jitter[1], radius, COLOURS[colour], shape)
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=6)
+    image.save(file, "PNG")
     return file.getvalue()
 
 
-def _objects(scene: Scene) -> list[tuple[int, int, int, str, str]]:
-    """(x, y, radius, colour, shape) of everything in front of the background, in pixels."""
+def _shapes(scene: Scene) -> list[tuple[int, int, int, str, str]]:
+    """(x, y, radius, colour, shape) of each shape, in pixels, before the jitter."""
     middle = SIDE // 2
     if scene.kind == "single":
-        return [(*CENTRES[scene.place], RADIUS[scene.size], scene.colour, scene.shape)]
+        return [(*CENTRES[scene.position], SIZES[scene.size], scene.colour, scene.shape)]
     if scene.kind == "two":
-        x, y = SIDES[scene.place]
-        return [
-            (middle + x, middle + y, 12, scene.colour, scene.shape),
-            (middle - x, middle - y, 12, scene.other_colour, scene.other_shape),
-        ]
-    (x, y), step = LINES[scene.place], SIDE // scene.count
-    offsets = [step * (i + 0.5) - middle for i in range(scene.count)]
-    return [(round(middle + o * x), round(middle + o * y), 7, scene.colour, scene.shape) for o in offsets]
+        x, y = SIDES[scene.position]
+        first = (middle + x, middle + y, _RADIUS_OF_TWO, scene.colour, scene.shape)
+        return [first, (middle - x, middle - y, _RADIUS_OF_TWO, scene.other_colour, scene.other_shape)]
+    (x, y), step = LINES[scene.position], SIDE // scene.count
+    ways = [step // 2 + step * number - middle for number in range(scene.count)]
+    return [(middle + x * way, middle + y * way, _RADIUS_OF_SEVERAL, scene.colour, scene.shape) for way in ways]
 
 
-def _draw_pattern(draw, scene: Scene) -> None:
-    tone = tuple(value + (40 if value < 100 else -50) for value in GROUNDS[scene.ground])
+def _draw_pattern(draw: ImageDraw, scene: Scene) -> None:
+    ground = GROUNDS[scene.ground]
+    tone = tuple(value + (40 if max(ground) < 100 else -50) for value in ground)
     if scene.pattern == "striped":
         for x in range(0, SIDE, 8):
             draw.rectangle((x, 0, x + 3, SIDE), fill=tone)
@@ -114,12 +118,12 @@ def _draw_pattern(draw, scene: Scene) -> None:
                 draw.rectangle((x, y, x + 7, y + 7), fill=tone)
 
 
-def _draw_shape(draw, x: int, y: int, radius: int, colour: tuple[int, int, int], shape: str) -> None:
+def _draw_shape(draw: ImageDraw, x: int, y: int, radius: int, colour: tuple[int, int, int], shape: str) -> None:
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
         draw.ellipse(box, fill=colour)
     elif shape == "ring":
-        draw.ellipse(box, outline=colour, width=max(3, radius // 3))
+        draw.ellipse(box, outline=colour, width=radius // 3)
     elif shape == "square":
         draw.rectangle(box, fill=colour)
     elif shape == "triangle":

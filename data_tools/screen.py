@@ -193,7 +193,7 @@ def _line(console: Console, text: str, style: str = "") -> None:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # noqa: PLE0704 (called while a BrokenPipeError is handled; rich would exit with code 1 for `show | head`)
+        raise BrokenPipeError  # rich itself would make `show | head` fail with exit code 1
 
 
 def _console() -> Console:

@@ -6,7 +6,7 @@ Letters: k tokens of a caption.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,9 @@ def ledger_path(output: Path, job: ShardJob) -> Path:
     return output / WORKING / f"{job.prefix}.json"
 
 
-def read_job(job: ShardJob, options: BuildOptions, tick: Callable[[int], None]) -> Iterator[Sample | Rejected]:
+def read_job(
+    job: ShardJob, options: BuildOptions, tick: Callable[[int], None]
+) -> Generator[Sample | Rejected, None, None]:
     """Every sample of a job's source, in order; `tick` is told the bytes read on the way."""
     options = replace(options, images=job.images)
     with open_input(job.source.path) as opened:
@@ -91,7 +93,8 @@ def in_subset(sample: Sample, options: BuildOptions) -> bool:
         return True
     content = sample.image or "\n".join(caption.text for caption in sample.captions).encode()
     start, end = options.subset
-    return start <= xxhash.xxh3_64_intdigest(content) / 2**64 < end
+    # Scaling a float by 2^64 is exact, dividing the hash by it is not.
+    return start * 2**64 <= xxhash.xxh3_64_intdigest(content) < end * 2**64
 
 
 class _Shard:

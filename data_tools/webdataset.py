@@ -6,6 +6,7 @@ One sample is a run of neighbours whose names agree up to the first dot: 0000000
 from __future__ import annotations
 
 import gzip
+import io
 import posixpath
 import tarfile
 import zlib
@@ -78,7 +79,7 @@ def _read_members(stream: IO[bytes], options: BuildOptions) -> Iterator[_Member 
     try:
         with tarfile.open(fileobj=tail, mode="r|", bufsize=_BUFFER_BYTES) as tar:
             while (info := tar.next()) is not None:
-                tar.members.clear()  # else a tar of a million members keeps them all
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else a large tar keeps every header
                 if not info.isdir():
                     yield _read_member(tar, info, wanted)
             # tarfile ends without a word at a broken header; only a block of zeros ends an archive.
@@ -155,7 +156,7 @@ def _image(members: dict[str, bytes | Unfit], record: dict[str, Any], *, require
     return image
 
 
-class _Tail:
+class _Tail(io.RawIOBase):
     """A stream that remembers its last two reads, so that the block at which tarfile stopped can be looked at."""
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -163,7 +164,7 @@ class _Tail:
         self._last = (b"", b"")
         self._position = 0
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)
         self._last = (self._last[1], data)
         self._position += len(data)

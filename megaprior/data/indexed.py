@@ -165,7 +165,7 @@ class IndexedWriter:
         class Aborted(Exception):
             pass
 
-        with suppress(Aborted), self._stack:
+        with suppress(Aborted, DataError), self._stack:  # a full disk may refuse even the flush of what is thrown away
             raise Aborted
 
 

@@ -91,7 +91,7 @@ class ScoreWriter:
             )
         refuse_bad_scores(self.shard.describe(at), scores, self.kind)
         if self.kind == "logprob":
-            scores = np.minimum(scores, np.float32(0))
+            scores = np.where(scores > 0, np.float32(0), scores)  # np.minimum leaves the sign of zero to the machine
         finite = scores[np.isfinite(scores)]
         self._low = min(self._low, float(finite.min(initial=np.inf)))
         self._high = max(self._high, float(finite.max(initial=-np.inf)))

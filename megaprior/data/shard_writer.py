@@ -97,7 +97,7 @@ class ShardWriter:
             DataError: no token, an id outside the vocabulary, a class or span that does not fit, a missing image.
         """
         where = f"{self.folder.name}/{self.prefix} sample {len(self)} (key {key})"
-        tokens, alias = np.asarray(tokens), self._images.get(image_key)
+        tokens, alias = np.asarray(tokens), None if image_key is None else self._images.get(image_key)
         self._check_tokens(where, tokens, loss_spans, word_class)
         self._check_image(where, image, image_size, alias)
         spans = None if loss_spans is None else np.asarray(loss_spans, np.int64).reshape(-1)

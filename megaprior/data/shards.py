@@ -146,10 +146,13 @@ class ShardSet:
         for shard in self.shards:
             stream, record = open_scores(shard, name)
             first = first or record
-            for field in ("kind", "scorer"):
-                if record[field] != first[field]:
+            for what, now, then in (
+                ("kind", record["kind"], first["kind"]),
+                ("scorer", record["scorer"]["fingerprint"], first["scorer"]["fingerprint"]),
+            ):
+                if now != then:
                     raise DataError(
-                        f"{shard.name}: {name!r} has {field} {record[field]}, {self.shards[0].name} has {first[field]}; "
+                        f"{shard.name}: the {what} of {name!r} is {now}, that of {self.shards[0].name} is {then}; "
                         "score the whole folder with one scorer"
                     )
             shard.streams[name] = stream

@@ -123,8 +123,8 @@ def attend(
     if dropout:
         raise UsageError(f"attention_dropout is {dropout}; packed rows are trained without: set it to 0")
     # Under autocast the rotary embedding returns fp32 queries and keys beside bf16 values.
-    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # [T, heads, E]
-    return _BACKENDS[packing.backend](q, k, v, packing, scaling)[None], None
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))  # [T, heads, E]
+    return _BACKENDS[packing.backend](q, k, v, packing, scaling).unsqueeze(0), None
 
 
 def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, scaling: float) -> torch.Tensor:

@@ -26,6 +26,8 @@ def next_fit(lengths: list[int], capacity: int) -> int:
 def test_best_fit_takes_the_fullest_row_that_still_fits() -> None:
     #                      0  1  2  3  4  5
     assert pack_best_fit([4, 7, 3, 6, 2, 8], 10) == [[5, 4], [1, 2], [3, 0]]
+    assert pack_best_fit([6, 5, 4, 3], 10) == [[0, 2], [1, 3]]  # the emptiest row would take the 4
+    assert pack_best_fit([7, 5, 4, 1], 10) == [[0], [1, 2, 3]]  # the first row would take the 1
     assert pack_best_fit([5, 5, 5], 10) == [[0, 1], [2]]
     assert pack_best_fit([], 10) == []
 

@@ -29,22 +29,22 @@ def test_formats_by_suffix_and_names_without_their_place(tmp_path: Path, make_ta
     sources, left_out = find_sources(paths)
     assert [(s.name, s.format, s.size) for s in sources] == [
         ("b.tgz", "webdataset", paths[0].stat().st_size),
-        ("x/c.jsonl.gz", "jsonl", paths[1].stat().st_size),
-        ("x/d.TSV", "tsv", 4),
+        ("c.jsonl.gz", "jsonl", paths[1].stat().st_size),
+        ("d.TSV", "tsv", 4),
         ("e.txt", "text", 4),
     ]
     assert left_out == []
 
 
-def test_names_are_the_same_wherever_the_folder_lies(tmp_path: Path) -> None:
+def test_names_are_the_same_wherever_the_folders_lie(tmp_path: Path) -> None:
     names = []
     for place in ("here", "there/deeper"):
-        write(tmp_path / place / "a.txt", b"dog\n")
-        write(tmp_path / place / "sub" / "b.txt", b"cat\n")
-        sources, _ = find_sources([tmp_path / place / "a.txt", tmp_path / place / "sub"])
+        for name in ("one/a.txt", "two/a.txt", "two/b.txt"):
+            write(tmp_path / place / name, name.encode())
+        sources, _ = find_sources([tmp_path / place / "one" / "a.txt", tmp_path / place / "two"])
         names.append([(source.name, source.digest) for source in sources])
     assert names[0] == names[1]
-    assert [name for name, _ in names[0]] == ["a.txt", "sub/b.txt"]
+    assert [name for name, _ in names[0]] == ["one/a.txt", "two/a.txt", "two/b.txt"]
 
 
 def test_a_folder_stands_for_its_first_format_and_the_rest_is_told(tmp_path: Path, make_tar: MakeTar) -> None:

@@ -66,11 +66,15 @@ def test_pairs_and_text_do_not_mix(captions: Path, make_tar: Callable[..., Path]
         plan(tar, captions)
     assert plan(tar, captions, text=True).kind == "text"
     assert plan(tar).kind == "pairs"
+    with pytest.raises(UsageError, match="--documents cuts text"):
+        plan(tar, documents=True)
 
 
 def test_refusals_name_the_file(tmp_path: Path, captions: Path) -> None:
     with pytest.raises(UsageError, match=r"--images .*gone: no such folder"):
         plan(captions, images=tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"--images .*in: no input is a jsonl or tsv"):
+        plan(captions, images=captions.parent)
     path = tmp_path / "a.jsonl"
     path.write_text('{"alt": "dog"}\n')
     with pytest.raises(DataError, match=r"a.jsonl: no column 'caption' \(columns: 'alt'\)"):

@@ -40,8 +40,12 @@ def write_scores(folder: Path, *, name: str = "ref_logprob", kind: str = "logpro
 def test_importance_of_both_kinds() -> None:
     r = np.array([0.0, -1e-7, np.log(0.5), -np.inf], np.float32)
     np.testing.assert_allclose(importance(r, kind="logprob"), [0, 1e-7, 0.5, 1], rtol=1e-6)
-    np.testing.assert_array_equal(importance(np.float32([1, 4, 0]), kind="importance"), np.float32([0.25, 1, 0]))
-    np.testing.assert_array_equal(importance(np.float32([0, 0]), kind="importance"), np.float32([1, 1]))
+    np.testing.assert_array_equal(
+        importance(np.array([1, 4, 0], np.float32), kind="importance"), np.array([0.25, 1, 0], np.float32)
+    )
+    np.testing.assert_array_equal(
+        importance(np.array([0, 0], np.float32), kind="importance"), np.array([1, 1], np.float32)
+    )
 
 
 def test_without_colour_a_digit_says_how_important_a_token_is(tokenizer: Tokenizer) -> None:

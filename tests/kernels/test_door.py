@@ -28,10 +28,8 @@ def problem():
 
 @pytest.mark.parametrize("name", ["megaprior.kernels", "kernels"])
 def test_importing_imports_nothing_heavy(name):
-    script = (
-        f"import sys, {name} as k; assert 'torch' not in sys.modules; "
-        "k.token_weights; k.linear_logprob; assert 'torch' in sys.modules; assert 'transformers' not in sys.modules"
-    )
+    """`kernels`, too: that is how transformers meets the folder when it looks for a distribution of that name."""
+    script = f"import sys, {name} as k; assert k.__all__; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

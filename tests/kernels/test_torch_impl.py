@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megaprior.kernels import linear_logprob, linear_weighted_cross_entropy, oracle, torch_impl, weighted_cross_entropy
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+V = 70  # where products are told apart by their shapes
 
 
 def problem(n, vocabulary, width, *, seed=0, dtype=F32, ignored=(), zero=()):
@@ -91,10 +92,10 @@ def test_any_shape_matches_float64(data, call, dtype):
     ids=["weights", "first masked", "weight 0", "mixed", "all masked", "all weights 0", "one token"],
 )
 def test_a_vocabulary_of_128256(call, n, ignored, zero, weighted):
-    *case, token_weight = problem(n, 128_256, 4, ignored=ignored, zero=zero)
+    *case, token_weight = problem(n, 128_256, 16, ignored=ignored, zero=zero)
     case.append(token_weight if weighted else None)
     got, want = call(*case, upstream=0.37, chunk_rows=2), exact(call, *case, upstream=0.37)
-    assert_all_close(got, want, tolerance=1e-6)
+    assert_all_close(got, want, tolerance=1e-5)  # 3e-6 seen; 2e-4 where a product sums 128,256 terms one by one
     assert [answer.dtype for answer in got] == [F32] * len(got)
 
 
@@ -209,54 +210,51 @@ def test_micro_batches_under_one_denominator_add_up():
 
 
 class Operations(TorchDispatchMode):
-    """What ran: names of operations, rows that went through products, the largest tensor made."""
+    """What ran: names of operations, the shapes that went into products, the largest tensor made."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.product_rows, self.largest = Counter(), Counter(), 0
+        self.names, self.products, self.largest = Counter(), [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         self.names[name] += 1
-        if name in ("mm", "addmm", "addmm_"):
-            left, right = args[-2:]
-            self.product_rows[
-                "weight" if left.shape[1] == right.shape[0] == left.shape[-1] and name != "mm" else name
-            ] += left.shape[1] if name != "mm" else left.shape[0]
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+        if name in ("mm", "addmm_"):
+            self.products.append(tuple(args[-2].shape))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
         return out
 
 
-def products(hidden, weight, targets, token_weight):
-    """(loss, rows through hidden @ weight^T or grad @ weight, rows through the weight's gradient)."""
+def rows_in_products(*case):
+    """(rows that met the weight, forwards and backwards; rows that entered the weight's gradient) of hidden (N, 8)."""
     with Operations() as seen:
-        loss, _ = linear_weighted_cross_entropy(hidden, weight, targets, token_weight)
-    return loss, seen.product_rows["mm"], seen.product_rows["weight"]
+        linear_weighted_cross_entropy(*case)
+    gradient = sum(inner for outer, inner in seen.products if outer == V)
+    return sum(outer for outer, _ in seen.products if outer != V), gradient
 
 
 def test_nothing_is_computed_that_nobody_asked_for():
-    hidden, weight, targets, token_weight = problem(40, 70, 8)
-    frozen_hidden, frozen_weight = hidden.detach(), weight.detach()
-    assert products(hidden, weight, targets, token_weight)[1:] == (80, 40)
-    assert products(hidden, frozen_weight, targets, token_weight)[1:] == (80, 0)
-    assert products(frozen_hidden, weight, targets, token_weight)[1:] == (40, 40)
-    assert products(frozen_hidden, frozen_weight, targets, token_weight)[1:] == (40, 0)
+    hidden, weight, *rest = problem(40, V, 8)
+    assert rows_in_products(hidden, weight, *rest) == (80, 40)
+    assert rows_in_products(hidden, weight.detach(), *rest) == (80, 0)
+    assert rows_in_products(hidden.detach(), weight, *rest) == (40, 40)
+    assert rows_in_products(hidden.detach(), weight.detach(), *rest) == (40, 0)
     with torch.no_grad():
-        loss, *rows = products(hidden, weight, targets, token_weight)
-    assert rows == [40, 0]
-    assert not loss.requires_grad
+        assert rows_in_products(hidden, weight, *rest) == (40, 0)
 
 
 def test_rows_of_weight_zero_cost_no_gradient_and_ignored_rows_nothing():
-    hidden, weight, targets, token_weight = problem(40, 70, 8, ignored=range(10), zero=range(5, 22))
-    loss, through, gradient = products(hidden, weight, targets, token_weight)
-    assert (through, gradient) == (30 + 18, 18)
+    case = problem(40, V, 8, ignored=range(10), zero=range(5, 22))
+    assert rows_in_products(*case) == (30 + 18, 18)
+    loss, nll = linear_weighted_cross_entropy(*case)
     loss.backward()
-    assert (hidden.grad[:22] == 0).all()
-    assert (hidden.grad[22:] != 0).any(dim=1).all()
+    assert (case[0].grad[:22] == 0).all()
+    assert (case[0].grad[22:] != 0).any(dim=1).all()
+    assert (nll[:10] == 0).all()
+    assert (nll[10:] > 0).all()
 
 
 def test_frozen_sides_get_no_gradient():
@@ -340,7 +338,7 @@ def test_the_path_of_accelerators(call, monkeypatch):
 @CALLS
 def test_the_far_ends_of_softmax(call):
     logits = torch.tensor([[200.0, 0.0, -300.0], [0.0, -200.0, -200.0], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0]])
-    hidden, weight = (logits, torch.eye(3)) if call is linear else (logits, torch.eye(3))
+    hidden, weight = logits, torch.eye(3)
     targets, token_weight = torch.tensor([2, 0, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 4.0])
     got = call(hidden, weight, targets, token_weight)
     assert got[1].tolist() == pytest.approx([500, 0, math.log(2), math.log(3)], abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ def cut(captions: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
     edges = [0]
     for caption in captions:
         edges.append(edges[-1] + len(caption))
-    return torch.tensor(sum(captions, []), dtype=torch.float32), torch.tensor(edges, dtype=torch.int32)
+    return torch.tensor([score for caption in captions for score in caption], dtype=torch.float32), torch.tensor(
+        edges, dtype=torch.int32
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -33,7 +36,7 @@ def test_the_formula(captions, alpha, length_scale):
     scores, edges = cut(captions)
     got = token_weights(scores, edges, alpha=alpha, length_scale=length_scale)
     kept = [oracle.token_weights(scores[a:b].tolist(), alpha=alpha, length_scale=length_scale)
-            for a, b in zip(edges[:-1], edges[1:], strict=True)]  # fmt: skip
+            for a, b in pairwise(edges)]  # fmt: skip
     want = torch.cat([torch.zeros(0, dtype=torch.float64), *kept])
     assert got.dtype == torch.float32
     assert got.shape == scores.shape
@@ -51,7 +54,7 @@ def test_worked_by_hand():
 
 def test_weights_average_one_over_a_caption():
     scores, edges = cut([torch.empty(k).exponential_().neg_().tolist() for k in (1, 7, 300, 2048)])
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in pairwise(edges):
         assert token_weights(scores, edges, alpha=0.5)[a:b].double().mean().item() == pytest.approx(1, abs=1e-6)
 
 

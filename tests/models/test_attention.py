@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megaprior.errors import UsageError
 from megaprior.models.attention import attend, make_packing
@@ -90,3 +91,24 @@ def test_dropout_is_refused():
     packing = make_packing(boundaries([4]), 4, backend="auto", dtype=torch.float32)
     with pytest.raises(UsageError, match=r"attention_dropout is 0[.]1"):
         attend(torch.nn.Module(), x, x, x, None, scaling=1.0, dropout=0.1, packing=packing)
+
+
+def test_torch_takes_the_arguments_of_the_varlen_backend():
+    with FakeTensorMode():  # shapes and signatures of the CUDA operator, without a device or a result
+        q, kv = (torch.empty(1, heads, 64, 32, device="cuda", dtype=torch.bfloat16) for heads in (8, 2))
+        packing = make_packing(torch.empty(4, device="cuda", dtype=torch.int32), 32, backend="varlen", dtype=q.dtype)
+        out, _ = attend(torch.nn.Module(), q, kv, kv, None, scaling=0.2, packing=packing)
+    assert out.shape == (1, 64, 8, 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_varlen_errs_at_most_twice_what_the_oracle_errs_in_bf16():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, sum(LENGTHS), 64, device="cuda").bfloat16() for heads in (4, 2, 2))
+    expected = formula(q[0].cpu(), k[0].cpu(), v[0].cpu(), LENGTHS)
+    errors = {}
+    for backend in ("varlen", "masked"):
+        packing = make_packing(boundaries(LENGTHS).cuda(), max(LENGTHS), backend=backend, dtype=q.dtype)
+        out, _ = attend(torch.nn.Module(), q, k, v, None, scaling=64**-0.5, packing=packing)
+        errors[backend] = (out[0].cpu() - expected).abs().max()
+    assert errors["varlen"] <= 2 * errors["masked"]

@@ -1,0 +1,109 @@
+"""Plain rows for results.json and for the report's tables; numbers stay numbers, what is not known is None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megaprior.analysis.runs import Run
+
+# field of results.json -> where it comes from
+_HELDOUT = (
+    "loss",
+    "loss_related",
+    "loss_unrelated",
+    "shuffle_gap",
+    "shuffle_gap_interval",
+    "shuffle_gap_related",
+    "shuffle_gap_unrelated",
+    "thresholds",
+)
+_PROBE = {
+    "probe_accuracy": "accuracy",
+    "probe_interval": "interval",
+    "probe_shuffled_accuracy": "shuffled_accuracy",
+    "probe_by_attribute": "by_attribute",
+    "probe_items": "items",
+}
+
+
+def model_row(run: Run) -> dict[str, Any]:
+    """One trained model's entry in results.json."""
+    heldout = run.heldout["summary"] if run.heldout else {}
+    probe = run.probe or {}
+    return {
+        "seed": run.seed,
+        "steps": run.summary.get("steps"),
+        **{name: heldout.get(name) for name in _HELDOUT},
+        **{name: probe.get(source) for name, source in _PROBE.items()},
+        "run": run.folder.name,
+    }
+
+
+def stage_row(run: Run) -> dict[str, Any]:
+    """Time and memory of one run."""
+    return {
+        "wall_s": run.summary.get("wall_s"),
+        "peak_memory_mib": run.summary.get("peak_memory_mib"),
+        "steps": run.summary.get("steps"),
+        "loss_tokens_per_s": run.summary.get("loss_tokens_per_s"),
+        "restarts": run.summary.get("restarts"),
+        "command": run.summary.get("command"),
+    }
+
+
+def mean(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:
+    """Mean of a field over seeds; None unless every row has it."""
+    values = [row.get(field) for row in rows]
+    if not values or any(value is None for value in values):
+        return None
+    return sum(values) / len(values)  # type: ignore[arg-type]
+
+
+def threshold_means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The threshold tables (Fig. 9) of several seeds as one, by mean."""
+    tables = [row["thresholds"] for row in rows if row.get("thresholds")]
+    if not tables:
+        return []
+    return [
+        {name: mean(cells, name) for name in ("threshold", "share_above", "above", "below")}
+        for cells in zip(*tables, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- numbers as people read them
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.7345 -> "73.5%"."""
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """1234.5 -> "1,234.50"."""
+    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """0.5 -> "+0.50"."""
+    return "–" if value is None else f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """78.2 -> "1 min 18 s"."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def memory(mib: float | None) -> str:
+    """812.4 -> "812 MiB", 3300 -> "3.2 GiB"."""
+    if mib is None:
+        return "–"
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
