@@ -242,7 +242,7 @@ def markdown(result: dict[str, Any]) -> str:
 `{result["command"]}`, {result["date"]}; {result["machine"]}; {result["versions"]}.
 
 Batch {result["batch"]} pairs, vocabulary {result["vocabulary"]:,}, {result["steps"]} timed steps of each arm, taking turns,
-after {result["warmup"]} to warm up; {result["threads"]} threads, fp32. Losses agree to {speed["largest_loss_gap"]:.1e}.
+after {result["warmup"]} to warm up; torch threads: {result["threads"]}, fp32. Losses agree to {speed["largest_loss_gap"]:.1e}.
 
 | arm | caption tokens/s, median | lower quartile | upper quartile | peak memory, MiB | before the first step, MiB |
 |---|--:|--:|--:|--:|--:|

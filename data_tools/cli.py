@@ -260,7 +260,7 @@ example:
 
 def _add_make_scenes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the sample, new or empty")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the sample; it must not exist")
     add("--pairs", type=int, default=4000, metavar="N", help="training pairs (default: %(default)s)")
     add("--heldout", type=int, default=500, metavar="N", help="held-out pairs (default: %(default)s)")
     add(
@@ -284,13 +284,11 @@ def _add_make_scenes(parser: argparse.ArgumentParser) -> None:
 
 
 def _make_scenes(options: argparse.Namespace) -> int:
-    counts = {name: getattr(options, name) for name in ("pairs", "heldout", "reference", "text", "probe")}
-    for name, count in counts.items():
-        if count < 0:
-            raise UsageError(f"--{name} {count}: at least 0")
     from megaprior.data_tools.scenes import make_scenes
 
+    counts = {name: getattr(options, name) for name in ("pairs", "heldout", "reference", "text", "probe")}
     make_scenes(options.output, **counts, seed=options.seed)
+    print(f"{options.output}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
     return 0
 
 

@@ -105,7 +105,8 @@ def _seen(scene: Scene, rng: Random, *, complete: bool = False) -> str:
     whole_phrase = rng.random() < 0.5
     main = f"*{scene.colour} *{scene.shape}"
     if scene.kind == "several":
-        seen = f"*{_NUMBERS[scene.count]} {main}s in a *{scene.position}"
+        plural = "es" if scene.shape.endswith("s") else "s"
+        seen = f"*{_NUMBERS[scene.count]} {main}{plural} in a *{scene.position}"
     elif scene.kind == "two":
         seen = f"a {main} *{scene.position} a *{scene.other_colour} *{scene.other_shape}"
     else:

@@ -246,6 +246,7 @@ class Watchdog:
         self._closed.set()
         if self._peers.place.world > 1:
             faulthandler.cancel_dump_traceback_later()
+            self._thread.join()  # it must not drop the last reference to a process group while the interpreter ends
 
     def beat(self, doing: str) -> None:
         """Progress was made; `doing` is what comes next."""

@@ -197,7 +197,10 @@ def read_manifest(path: Path | str, *, format: str, version: int = 1) -> dict[st
             f"{path}: version {body.get('version')}, this program reads version {version}; upgrade megaprior"
         )
     found = body.get("digest")
-    expected = digest_json({key: value for key, value in body.items() if key != "digest"})
+    try:
+        expected = digest_json({key: value for key, value in body.items() if key != "digest"})
+    except ValueError as error:  # NaN or half a character: nothing that write_manifest could have written
+        raise DataError(f"{path}: not a manifest of ours ({error}); rebuild it") from None
     if found != expected:
         raise DataError(f"{path}: digest {found} but the content gives {expected}; the file was changed, rebuild it")
     return body

@@ -16,7 +16,7 @@ DATA_RECORD = {"data.samples"}
 
 # room -> what it may import of ours (prefixes of dotted names below megaprior)
 MAY_IMPORT: dict[str, set[str]] = {
-    "kernels": set(),
+    "kernels": {"kernels"},
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "data": FOUNDATION | {"kernels", "data"},
     "models": FOUNDATION | {"kernels", "models"},

@@ -123,7 +123,15 @@ def histogram(summary: Mapping[str, Any]) -> str:
     if related is not None:
         chart.axes.bar(edges[:-1], low, width, align="edge", color=_PRIOR, label="image-related words")
     chart.axes.bar(
-        edges[:-1], shares - low, width, bottom=low, align="edge", color="none", edgecolor=_NTP, hatch="////", label=label
+        edges[:-1],
+        shares - low,
+        width,
+        bottom=low,
+        align="edge",
+        color="none",
+        edgecolor=_NTP,
+        hatch="////",
+        label=label,
     )
     return chart.svg(title="Histogram of importance")
 

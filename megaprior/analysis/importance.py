@@ -150,6 +150,7 @@ def importance_summary(scores: CaptionScores) -> dict[str, Any]:
         "by_position": by_position(w, scores.cu),
     }
     if truth is not None:
+        summary["histogram"]["related"] = np.histogram(np.clip(w[truth == RELATED], 0, 1), bins=edges)[0].tolist()
         summary |= _against_truth(-scores.score if logprob else scores.score, w, truth, scores.cu)
     return summary
 

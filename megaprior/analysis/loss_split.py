@@ -72,7 +72,12 @@ def heldout_losses(
         say(f"{model}: held-out losses of these weights are in {path} already")
         return before
     losses = measure(folder, opened, seed=image_shuffle_seed, captions=captions, row_tokens=row_tokens)
-    return keep(path, losses, {"format": FORMAT, "version": 1, "model": str(model), "shards": str(shards), **key})
+    return keep(path, losses, {**key, "checkpoint": _checkpoint(folder)})
+
+
+def _checkpoint(folder: Path) -> str | None:
+    """step_00000500, where the folder is that checkpoint's model."""
+    return folder.parent.name if folder.parent.name.startswith("step_") else None
 
 
 def open_scored(shards: Path | str, scores: str | None) -> ShardSet:

@@ -103,7 +103,10 @@ def keep(path: Path, losses: TokenLosses, head: dict[str, Any]) -> dict[str, Any
     np.savez_compressed(file, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path.with_suffix(".npz"), file.getvalue())
-    return write_manifest(path, {**head, "npz": digest_bytes(file.getvalue()), "summary": summarize(losses)})
+    return write_manifest(
+        path,
+        {"format": FORMAT, "version": 1, **head, "npz": digest_bytes(file.getvalue()), "summary": summarize(losses)},
+    )
 
 
 def kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:

@@ -51,7 +51,9 @@ def read_run(folder: Path, *, results: Sequence[dict[str, Any]], build_id: str |
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable ({error}); finish the run first, by repeating its training command") from None
+        raise DataError(
+            f"{path}: not readable ({error}); finish the run first, by repeating its training command"
+        ) from None
     lines = read_lines(folder / "metrics.jsonl")
     latest = _latest(folder)
     heldout, losses = _heldout(folder, build_id, latest)
@@ -83,7 +85,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def caption_loss(line: dict[str, Any], pairs: int) -> float:
     """The unweighted loss of the image captions in a "train" line: of the first `pairs` sources, the rest being plain text."""
-    shares = [(line[f"source{i}_share"], line[f"source{i}_ntp_loss"]) for i in range(pairs) if f"source{i}_share" in line]
+    shares = [
+        (line[f"source{i}_share"], line[f"source{i}_ntp_loss"]) for i in range(pairs) if f"source{i}_share" in line
+    ]
     total = sum(share for share, _ in shares)
     return sum(share * loss for share, loss in shares) / total if total else line["ntp_loss"]
 
@@ -95,7 +99,9 @@ def _latest(folder: Path) -> str | None:
         return None
 
 
-def _heldout(folder: Path, build_id: str | None, latest: str | None) -> tuple[dict[str, Any] | None, TokenLosses | None]:
+def _heldout(
+    folder: Path, build_id: str | None, latest: str | None
+) -> tuple[dict[str, Any] | None, TokenLosses | None]:
     for path in sorted((folder / "analysis").glob("heldout_*.json")):
         body, losses = read_losses(path)
         if build_id not in (None, body["build_id"]):

@@ -22,6 +22,7 @@ _PROBE = {
     "probe_accuracy": "accuracy",
     "probe_interval": "interval",
     "probe_shuffled_accuracy": "shuffled_accuracy",
+    "probe_shuffled_interval": "shuffled_interval",
     "probe_by_attribute": "by_attribute",
     "probe_items": "items",
 }
@@ -40,16 +41,10 @@ def model_row(run: Run) -> dict[str, Any]:
     }
 
 
-def stage_row(run: Run) -> dict[str, Any]:
-    """Time and memory of one run."""
-    return {
-        "wall_s": run.summary.get("wall_s"),
-        "peak_memory_mib": run.summary.get("peak_memory_mib"),
-        "steps": run.summary.get("steps"),
-        "loss_tokens_per_s": run.summary.get("loss_tokens_per_s"),
-        "restarts": run.summary.get("restarts"),
-        "command": run.summary.get("command"),
-    }
+def stage_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Time and memory of one stage, from its run's summary or from a line of `times`."""
+    fields = ("wall_s", "peak_memory_mib", "steps", "loss_tokens_per_s", "restarts", "command")
+    return {field: summary.get(field) for field in fields}
 
 
 def mean(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:

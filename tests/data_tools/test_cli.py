@@ -92,7 +92,7 @@ def test_verify_prints_a_table_and_fails_on_a_flipped_bit(command: Command, shar
             2,
             "--subset 1: expected A:B",
         ),
-        (["make-scenes", "--output", "out", "--pairs", "-1"], 2, "--pairs -1"),
+        (["make-scenes", "--output", "out", "--pairs", "-1"], 2, "pairs=-1"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(
@@ -131,8 +131,8 @@ def test_a_closed_pipe_is_no_error(shards: Path) -> None:
 
 def test_make_scenes_hands_its_counts_on(command: Command, tmp_path: Path) -> None:
     sizes = ["--pairs", 3, "--heldout", 2, "--reference", 4, "--text", 5, "--probe", 4, "--seed", 7]
-    code, _, _ = command("make-scenes", "--output", tmp_path / "scenes", *sizes)
-    assert code == 0
+    code, said, _ = command("make-scenes", "--output", tmp_path / "scenes", *sizes)
+    assert (code, said) == (0, f"{tmp_path}/scenes: 3 pairs, 2 heldout, 4 reference, 5 text, 4 probe\n")
     assert (tmp_path / "scenes" / "reference.txt.gz").exists()
 
 

@@ -95,7 +95,7 @@ def test_a_vocabulary_of_128256(call, n, ignored, zero, weighted):
     *case, token_weight = problem(n, 128_256, 16, ignored=ignored, zero=zero)
     case.append(token_weight if weighted else None)
     got, want = call(*case, upstream=0.37, chunk_rows=2), exact(call, *case, upstream=0.37)
-    assert_all_close(got, want, tolerance=1e-5)  # 3e-6 seen; 2e-4 where a product sums 128,256 terms one by one
+    assert_all_close(got, want, tolerance=2e-5)  # 9e-6 seen; 3e-4 where a product sums 128,256 terms one by one
     assert [answer.dtype for answer in got] == [F32] * len(got)
 
 
