@@ -25,9 +25,9 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 GROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (15, 15, 15), "beige": (235, 220, 180)}
 PATTERNS = ("plain", "striped", "dotted", "checked")
 
-# Pixels: half the width of a shape, the centre of a single one, and the way from the middle to the first of two.
+# Pixels: half the width of a single shape, and the way from the middle of the picture to it or to the first of two.
 SIZES = {"small": 9, "large": 16}
-CENTRES = {"left": (19, 32), "right": (45, 32), "upper": (32, 19), "lower": (32, 45), "middle": (32, 32)}
+CENTRES = {"left": (-13, 0), "right": (13, 0), "upper": (0, -13), "lower": (0, 13), "middle": (0, 0)}
 SIDES = {"left of": (-15, 0), "right of": (15, 0), "above": (0, -15), "below": (0, 15)}
 LINES = {"row": (1, 0), "column": (0, 1)}
 POSITIONS = {"single": tuple(CENTRES), "two": tuple(SIDES), "several": tuple(LINES)}
@@ -74,6 +74,11 @@ def random_scene(rng: Random, *, kind: str | None = None) -> Scene:
     return replace(scene, count=rng.choice((2, 3, 4)))
 
 
+def content(scene: Scene) -> tuple[object, ...]:
+    """What the picture shows, whatever is named first: equal for "red left of blue" and "blue right of red"."""
+    return scene.pattern, scene.ground, tuple(sorted(_shapes(scene)))
+
+
 def render(scene: Scene) -> bytes:
     """The scene as a PNG file of SIDE x SIDE pixels."""
     from PIL import Image, ImageDraw
@@ -82,24 +87,26 @@ def render(scene: Scene) -> bytes:
     draw = ImageDraw.Draw(image)
     _draw_pattern(draw, scene)
     for x, y, radius, colour, shape in _shapes(scene):
-        _draw_shape(draw, x + scene.jitter[0], y + scene.jitter[1], radius, COLOURS[colour], shape)
+        _draw_shape(draw, x, y, radius, COLOURS[colour], shape)
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def _shapes(scene: Scene) -> list[tuple[int, int, int, str, str]]:
-    """(x, y, radius, colour, shape) of each shape, in pixels, before the jitter."""
-    middle = SIDE // 2
+    """(x, y, radius, colour, shape) of each shape, in pixels."""
+    middle_x, middle_y = SIDE // 2 + scene.jitter[0], SIDE // 2 + scene.jitter[1]
+    main = (scene.colour, scene.shape)
     if scene.kind == "single":
-        return [(*CENTRES[scene.position], SIZES[scene.size], scene.colour, scene.shape)]
+        x, y = CENTRES[scene.position]
+        return [(middle_x + x, middle_y + y, SIZES[scene.size], *main)]
     if scene.kind == "two":
         x, y = SIDES[scene.position]
-        first = (middle + x, middle + y, _RADIUS_OF_TWO, scene.colour, scene.shape)
-        return [first, (middle - x, middle - y, _RADIUS_OF_TWO, scene.other_colour, scene.other_shape)]
+        first, second = (middle_x + x, middle_y + y), (middle_x - x, middle_y - y)
+        return [(*first, _RADIUS_OF_TWO, *main), (*second, _RADIUS_OF_TWO, scene.other_colour, scene.other_shape)]
     (x, y), step = LINES[scene.position], SIDE // scene.count
-    ways = [step // 2 + step * number - middle for number in range(scene.count)]
-    return [(middle + x * way, middle + y * way, _RADIUS_OF_SEVERAL, scene.colour, scene.shape) for way in ways]
+    ways = [step // 2 + step * number - SIDE // 2 for number in range(scene.count)]
+    return [(middle_x + x * way, middle_y + y * way, _RADIUS_OF_SEVERAL, *main) for way in ways]
 
 
 def _draw_pattern(draw: ImageDraw, scene: Scene) -> None:

@@ -7,7 +7,7 @@ or noise, text for the language models, and a probe of what a model sees.
     DIR/probe/probe.jsonl    {"image", "true", "false", "attribute"} a line, with probe/images/
     DIR/scenes.json          the manifest, written last
 
-No scene occurs twice, in one part or across them. Everything is a function of the counts and the seed, and `pairs` is drawn
+No picture occurs twice, in one part or across them. Everything is a function of the counts and the seed, and `pairs` is drawn
 last, so that a larger training set keeps the other parts.
 """
 
@@ -18,7 +18,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -26,13 +26,13 @@ from typing import Any
 
 from megaprior.data_tools import scene_drawing
 from megaprior.data_tools.scene_captions import CLASS_NAMES, running_text, statements, web_caption
-from megaprior.data_tools.scene_drawing import SIDE, Scene, random_scene, render
+from megaprior.data_tools.scene_drawing import SIDE, Scene, content, random_scene, render
 from megaprior.errors import UsageError
 from megaprior.files import atomic_folder, write_manifest
 
 PAIRS_PER_TAR = 2000
 SCENES_PER_LINE = 3  # of running text
-MOST_SCENES = 200_000  # of 2.8 million; they use up three quarters of those with a single shape
+MOST_SCENES = 200_000  # of more than a million; they use up three quarters of those with a single shape
 PROBED = {  # attribute in the probe -> (field of Scene, its values)
     "colour": ("colour", tuple(scene_drawing.COLOURS)),
     "shape": ("shape", scene_drawing.SHAPES),
@@ -83,10 +83,10 @@ def make_scenes(
 
 
 class _Scenes:
-    """Random scenes, none of them twice."""
+    """Random scenes, no picture of them twice."""
 
     def __init__(self) -> None:
-        self._drawn: set[Scene] = set()
+        self._drawn: set[tuple[object, ...]] = set()
 
     def draw(self, rng: Random) -> Scene:
         return self._new(lambda: (random_scene(rng),))[0]
@@ -103,11 +103,13 @@ class _Scenes:
         first, second = self._new(two)
         return first, second
 
-    def _new(self, draw: Any) -> tuple[Scene, ...]:
-        while self._drawn.intersection(scenes := draw()):
-            pass
-        self._drawn.update(scenes)
-        return scenes
+    def _new(self, draw: Callable[[], tuple[Scene, ...]]) -> tuple[Scene, ...]:
+        while True:
+            scenes = draw()
+            contents = {content(scene) for scene in scenes}
+            if self._drawn.isdisjoint(contents):
+                self._drawn |= contents
+                return scenes
 
 
 def _write_probe(folder: Path, source: _Scenes, items: int, rng: Random) -> None:

@@ -113,7 +113,7 @@ def by_threshold(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | Non
 
 def histogram(summary: Mapping[str, Any]) -> str:
     """How importance is distributed over tokens, in shares; stacked by class where the truth is known."""
-    chart = Chart(x="importance w = 1 − p_ref", y="share of tokens")
+    chart = Chart(x="importance w", y="share of tokens")
     edges, counts = np.array(summary["histogram"]["edges"]), np.array(summary["histogram"]["counts"])
     shares = counts / max(counts.sum(), 1)
     related = summary["histogram"].get("related")

@@ -25,8 +25,8 @@ def caveats(body: Mapping[str, Any]) -> list[str]:
     """What this run cannot tell."""
     seeds = [len(rows) for methods in body["models"].values() for rows in methods.values()]
     said = [
-        "A small model on little data shows that the mechanics work: scores, weights, training, measuring. Its numbers say nothing "
-        "about the paper's, which come from models of 8 billion parameters, 3 million pairs and public benchmarks."
+        "A small model on little data shows that the mechanics work: scores, weights, training, measuring. Its numbers "
+        "say nothing about the paper's, which come from 8 billion parameters, 3 million pairs and public benchmarks."
     ]
     if seeds and max(seeds) == 1:
         said.append(
@@ -49,14 +49,17 @@ def caveats(body: Mapping[str, Any]) -> list[str]:
 def _importance(importance: Mapping[str, Any]) -> list[str]:
     said = []
     if importance.get("mean") is not None:
-        text = f"The reference reads captions without seeing images. It gives their tokens a mean importance of {importance['mean']:.2f}"
-        if importance.get("perplexity") is not None:
-            text += f", at a perplexity of {number(importance['perplexity'], 1)}"
-        said.append(text + ". Importance is 1 minus the probability that it gave the token.")
-    if importance.get("auroc") is not None:
+        perplexity = importance.get("perplexity")
+        at = f", at a perplexity of {number(perplexity, 1)}" if perplexity is not None else ""
         said.append(
-            f"A token of an image-related word gets a higher importance than a token of another word {percent(importance['auroc'], 0)} of "
-            f"the time (AUROC {number(importance['auroc'])}; 0.50 is chance). {percent(importance['related_fraction'], 0)} of the tokens "
+            "The reference reads captions without seeing images. It gives their tokens a mean importance of "
+            f"{number(importance['mean'])}{at}. Importance is 1 minus the probability that it gave the token."
+        )
+    if importance.get("auroc") is not None:
+        area, related = importance["auroc"], importance["related_fraction"]
+        said.append(
+            "A token of an image-related word gets a higher importance than a token of another word "
+            f"{percent(area, 0)} of the time (AUROC {number(area)}; 0.50 is chance). {percent(related, 0)} of the tokens "
             "belong to such words, by the record kept when the captions were written."
         )
     return said
@@ -106,7 +109,8 @@ def _seeing(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     if not parts:
         return []
     return [
-        f"Shown another image instead of its own, a caption costs more per token: {' and '.join(parts)}. A model that ignored images would give 0."
+        f"Shown another image instead of its own, a caption's loss per token changes by {' and '.join(parts)}. "
+        "A model that ignored images would give 0."
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megaprior.analysis.losses import FORMAT, TokenLosses, keep, kept
+from megaprior.analysis.losses import TokenLosses, keep, kept
 from megaprior.data.heldout import rows
 from megaprior.data.order import permute
 from megaprior.data.samples import VisionSpec

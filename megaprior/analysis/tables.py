@@ -7,6 +7,8 @@ from typing import Any
 
 from megaprior.analysis.runs import Run
 
+UNKNOWN, _MINUS = "\u2013", "\u2212"  # an en dash and a minus sign as typographers set it
+
 # field of results.json -> where it comes from
 _HELDOUT = (
     "loss",
@@ -71,23 +73,23 @@ def threshold_means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def percent(value: float | None, digits: int = 1) -> str:
     """0.7345 -> "73.5%"."""
-    return "–" if value is None else f"{value:.{digits}%}"
+    return UNKNOWN if value is None else f"{value:.{digits}%}"
 
 
 def number(value: float | None, digits: int = 2) -> str:
     """1234.5 -> "1,234.50"."""
-    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
+    return UNKNOWN if value is None else f"{value:,.{digits}f}".replace("-", _MINUS)
 
 
 def signed(value: float | None, digits: int = 2) -> str:
     """0.5 -> "+0.50"."""
-    return "–" if value is None else f"{value:+,.{digits}f}".replace("-", "−")
+    return UNKNOWN if value is None else f"{value:+,.{digits}f}".replace("-", _MINUS)
 
 
 def duration(seconds: float | None) -> str:
     """78.2 -> "1 min 18 s"."""
     if seconds is None:
-        return "–"
+        return UNKNOWN
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -100,5 +102,5 @@ def duration(seconds: float | None) -> str:
 def memory(mib: float | None) -> str:
     """812.4 -> "812 MiB", 3300 -> "3.2 GiB"."""
     if mib is None:
-        return "–"
+        return UNKNOWN
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"

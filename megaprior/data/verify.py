@@ -120,6 +120,6 @@ class _Verifier:
     def _orphans(self) -> None:
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
-            # .lock belongs to a running command, .score-<name>/ to a scorer that can be resumed.
-            if path.is_file() and name not in self.known and not name.startswith((".lock", ".score-")):
+            # .lock belongs to a running command; .score-<name>/ and .building/ to a scorer and a builder that can be resumed.
+            if path.is_file() and name not in self.known and not name.startswith((".lock", ".score-", ".building")):
                 self.found.append(f"{path}: in no manifest (an interrupted write?); delete it or repeat the command")
