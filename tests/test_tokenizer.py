@@ -326,6 +326,18 @@ def test_paths_that_hold_no_one_tokenizer_are_refused(tmp_path: Path, byte_level
         load_tokenizer(tmp_path)
 
 
+def test_a_vocabulary_that_is_not_byte_level_is_refused(byte_level: Path, tmp_path: Path) -> None:
+    model = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    model["model"]["vocab"]["東"] = len(model["model"]["vocab"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    with pytest.raises(DataError, match="token '東' is not spelled as byte-level BPE spells bytes"):
+        load_tokenizer(tmp_path)
+    model["decoder"] = model["pre_tokenizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(model))
+    with pytest.raises(DataError, match="neither byte-level BPE nor SentencePiece"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_million_blanks_are_text(real: dict[str, Tokenizer]) -> None:
     text = "a" + " " * 1_000_000 + "b"
     for name in ("llama3", "mistral-v1"):

@@ -128,7 +128,10 @@ class HuggingFace(Tokenizer):
         controls = {bos_id, eos_id, ids.get(getattr(model.model, "unk_token", None))}
         for piece, token_id in ids.items():
             if token_id not in controls and token_id not in added:
-                vocabulary[token_id] = to_bytes(piece)
+                try:
+                    vocabulary[token_id] = to_bytes(piece)
+                except KeyError:
+                    raise DataError(f"{path}: token {piece!r} is not spelled as byte-level BPE spells bytes") from None
         for token_id, token in added.items():
             vocabulary[token_id] = None if token.special else token.content.encode()
 

@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +131,18 @@ class Zero3Engine:
         if world == self.place.world:
             self._load(folder)
             return
-        whole = folder.parent.parent / f".universal_{folder.parent.name}"
+        whole = folder.parent.with_name(f".{folder.parent.name}.universal")
         say(f"resuming the state of {world} ranks on {self.place.world}: converting it")
         self._peers.first_does(lambda: _convert_universal(folder / _TAG, whole / _TAG))
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._zero.param_groups]
         try:
             self._load(whole)
+            # DeepSpeed 0.19.8 gives every group the settings of the first (weight decay on norms, measured: losses off by
+            # 2e-3 after three steps), and all partitions one `step` tensor, which each of them then increments.
+            for group, own in zip(self._zero.param_groups, settings, strict=True):
+                group.update(own)
+            for state in self._zero.optimizer.state.values():
+                state["step"] = state["step"].clone()
         finally:
             self._peers.settle()
             if self.place.rank == 0:
@@ -220,6 +229,8 @@ def _start_deepspeed(peers: Peers) -> Any:
     if peers.place.local_rank == 0:
         prebuild()
     peers.settle()
+    # DeepSpeed calls collectives under names that torch 2.13 deprecates, once per rank and call site.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
 
     deepspeed.init_distributed(verbose=False)
@@ -265,14 +276,14 @@ def _convert_universal(source: Path, target: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target.parent, ignore_errors=True)
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(source),
-            output_folder=str(target),
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=False,
-        )
+    options = Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
     )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        ds_to_universal.main(options)

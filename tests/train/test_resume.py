@@ -1,0 +1,190 @@
+"""Killed anywhere and repeated, a run ends with the losses and weights of the undisturbed one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from train_children import config, settings, train
+
+from megaprior.errors import CheckpointError, DataError, UsageError
+
+STEPS, SAVE_EVERY = 6, 2
+# What a metrics line says about the run itself; the rest are times.
+FACTS = ("kind", "step", "loss", "ntp_loss", "grad_norm", "lr", "loss_tokens", "sum_g", "heldout_ntp", "heldout_ntp_above")
+
+
+def run_settings(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return settings(world, out, **{"steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 3, "eval_batches": 1, **changes})
+
+
+def facts(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in FACTS if key in line} for line in lines]
+
+
+def weights(out: Path, step: int = STEPS) -> dict[str, bytes]:
+    tensors = load_file(out / "checkpoints" / f"step_{step:08d}" / "model" / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def straight(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    assert train(config(run_settings(world, out))) == 0
+    return out
+
+
+def finish(process: Any) -> int:
+    process.join(120)
+    assert process.exitcode is not None, "the child hangs"
+    return process.exitcode
+
+
+@pytest.mark.parametrize("row", [1, 4, 6, 9, 12])
+def test_killed_before_any_row_and_repeated(
+    world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path, row: int
+) -> None:
+    # Two rows a step: odd numbers are the beginning of a step, even ones the middle of its accumulation.
+    out = tmp_path / "run"
+    assert finish(spawn(run_settings(world, out), {"rows": row})) == -signal.SIGKILL
+    done = (row - 1) // 2
+    assert sorted(p.name for p in (out / "checkpoints").glob("step_*")) == [
+        f"step_{step:08d}" for step in range(SAVE_EVERY, done + 1, SAVE_EVERY)
+    ]
+    assert train(config(run_settings(world, out))) == 0
+    assert facts(out) == facts(straight)
+    assert weights(out) == weights(straight)
+    assert json.loads((out / "summary.json").read_text())["restarts"] == (1 if done >= SAVE_EVERY else 0)
+
+
+def test_killed_at_any_file_of_a_save(world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path) -> None:
+    # One child after another on one folder, each killed a few file operations further into its first save.
+    out, kills = tmp_path / "run", 0
+    for number in (1, 3, 6, 10, 14, 18, 22, 26, 30, 34):
+        shutil.rmtree(out, ignore_errors=True)
+        code = finish(spawn(run_settings(world, out), {"files": number, "below": "step_00000002"}))
+        assert code == -signal.SIGKILL
+        kills += 1
+        whole = out / "checkpoints" / "step_00000002"
+        assert not whole.exists() or (whole / "manifest.json").exists()
+        left = out / "checkpoints"
+        assert train(config(run_settings(world, out, steps=2, optim={"lr": 3e-3, "warmup_steps": 2}))) == 0
+        assert weights(out, 2) == weights(straight, 2)
+        assert [p.name for p in left.iterdir()] == ["step_00000002"]  # and nothing half-written is left behind
+        assert (out / "latest").read_text() == "step_00000002\n"
+    assert kills == 10
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("row", [1, 5, 8])
+def test_a_signal_stops_at_the_next_step_boundary(
+    world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path, name: str, row: int
+) -> None:
+    out = tmp_path / "run"
+    assert finish(spawn(run_settings(world, out), {"rows": row, "signal": name})) == 75
+    step = (row + 1) // 2  # the step whose row it interrupted is finished, none after it is begun
+    assert (out / "latest").read_text() == f"step_{step:08d}\n"
+    assert [fact["step"] for fact in facts(out) if fact["kind"] == "train"] == list(range(1, step + 1))
+    assert train(config(run_settings(world, out))) == 0
+    assert facts(out) == facts(straight)
+    assert weights(out) == weights(straight)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 1.0])
+def test_signals_at_odd_moments_twice_and_mixed(
+    world: Path, spawn: Callable[..., Any], tmp_path: Path, delay: float
+) -> None:
+    out = tmp_path / "run"
+    values = run_settings(world, out, steps=2000, save_every=7, eval_every=5)
+    process = spawn(values)
+    wait_for(out / "config.yaml", process)  # before it the process is not yet a trainer
+    time.sleep(delay)
+    os.kill(process.pid, signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 75
+    newest = int((out / "latest").read_text().strip().removeprefix("step_"))
+    assert facts(out)[-1]["step"] == newest  # nothing was computed that the checkpoint lacks
+
+
+def wait_for(path: Path, process: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.is_alive(), "the child ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_finished_run_repeated_does_nothing(world: Path, straight: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    assert train(config(run_settings(world, straight))) == 0
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file() and p.name != "config.yaml"} == before
+
+
+def copy_at(straight: Path, out: Path, step: int) -> None:
+    """The run as it was after `step`, as far as a restart looks."""
+    shutil.copytree(straight, out)
+    for folder in (out / "checkpoints").iterdir():
+        if folder.name > f"step_{step:08d}":
+            shutil.rmtree(folder)
+
+
+def test_a_changed_configuration_is_refused_by_name(world: Path, straight: Path, tmp_path: Path) -> None:
+    copy_at(straight, tmp_path / "run", 4)
+    other = run_settings(world, tmp_path / "run", optim={"lr": 1e-3, "warmup_steps": 2})
+    with pytest.raises(UsageError, match=r"optim\.lr=0\.003, the command says 0\.001"):
+        train(config(other))
+    longer = run_settings(world, tmp_path / "run", steps=8)  # a cosine over 8 steps is another one from step 3 on
+    with pytest.raises(UsageError, match="steps=6, the command says 8"):
+        train(config(longer))
+
+
+def test_a_constant_rate_lets_a_run_be_prolonged(world: Path, tmp_path: Path) -> None:
+    optim = {"lr": 3e-3, "schedule": "constant"}
+    short, long = (run_settings(world, tmp_path / "a", steps=n, optim=optim, eval_every=0) for n in (2, 4))
+    train(config(short))
+    train(config(long))
+    once = run_settings(world, tmp_path / "b", steps=4, optim=optim, eval_every=0)
+    train(config(once))
+    assert facts(tmp_path / "a") == facts(tmp_path / "b")
+    assert weights(tmp_path / "a", 4) == weights(tmp_path / "b", 4)
+
+
+def test_other_data_or_another_batch_size_are_refused(world: Path, straight: Path, tmp_path: Path) -> None:
+    copy_at(straight, tmp_path / "run", 4)
+    values = run_settings(world, tmp_path / "run")
+    values["data"]["batch_size"] = 9
+    with pytest.raises(CheckpointError, match="in batch_size: 9 now, 8 then"):
+        train(config(values))
+    values = run_settings(world, tmp_path / "run")
+    values["data"]["train"][0]["path"] = str(world / "heldout")
+    with pytest.raises(CheckpointError, match="in sources"):
+        train(config(values))
+
+
+def test_two_trainers_on_one_folder(world: Path, spawn: Callable[..., Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = spawn(run_settings(world, out, steps=2000, eval_every=0))
+    wait_for(out / "metrics.jsonl", process)
+    with pytest.raises(DataError, match=f"pid {process.pid}"):
+        train(config(run_settings(world, out, steps=2000)))
+    process.kill()
+    finish(process)
+
+
+def test_a_folder_of_something_else_is_left_alone(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="not empty and not a run of ours"):
+        train(config(run_settings(world, tmp_path)))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
