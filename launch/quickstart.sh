@@ -8,11 +8,10 @@
 # Stopped? Repeat the command: every stage goes on where it was.
 set -euo pipefail
 
-data=() seeds=1 out=runs/quickstart here=$PWD
+data=() seeds=1 out=runs/quickstart
 while [ $# -gt 0 ]; do
     case $1 in
-        --data)
-            while [ $# -gt 1 ] && [[ $2 != --* ]]; do data+=("$(realpath -- "$2")"); shift; done ;;
+        --data) while [ $# -gt 1 ] && [[ $2 != --* ]]; do data+=("$(realpath -e -- "$2")"); shift; done ;;
         --seeds) seeds=$2; shift ;;
         --out) out=$(realpath -m -- "$2"); shift ;;
         -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
@@ -20,7 +19,92 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+typed="bash launch/quickstart.sh${data[*]:+ --data ${data[*]}} --seeds $seeds"
 source "$(dirname "$0")/venv.sh"
+mkdir -p "$out"
 
 say() { printf '\n== %s ==\n' "$*" >&2; }
-config=launch/configs/quickstart
+timed() { python launch/timed.py "$out/times.jsonl" "$@"; }
+train() { megaprior train "launch/configs/quickstart/$1.yaml" "out=$out/$2" "${@:3}"; }
+build() { # NAME INPUT... -- OPTION...: one folder of shards; one that is finished already is kept
+    local name=$1 inputs=(); shift
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do inputs+=("$1"); shift; done
+    timed "build $name" megaprior-data build --input "${inputs[@]}" --output "$out/shards/$name" \
+        --tokenizer "$out/tokenizer" "${@:2}"
+}
+
+if [ ${#data[@]} -eq 0 ]; then
+    say "1. Scenes with captions: the truth is known per word"
+    [ -e "$out/scenes" ] || timed "make scenes" megaprior-data make-scenes --output "$out/scenes"
+    text=$out/scenes/text.txt.gz reference=$out/scenes/reference.txt.gz vocabulary=1000
+    say "2. Tokenizer and shards, every byte verified"
+    [ -e "$out/tokenizer" ] || megaprior-data train-tokenizer --input "$text" "$reference" \
+        --output "$out/tokenizer" --vocab-size "$vocabulary"
+    build text "$text"
+    build reference "$reference"
+    build pairs "$out/scenes/pairs"
+    build heldout "$out/scenes/heldout"
+else
+    say "1. Your pairs, cut into three parts that share no image"
+    # No general text is at hand: the text LM learns from the reference's captions too (docs/decisions.md).
+    say "2. Tokenizer and shards, every byte verified"
+    [ -e "$out/tokenizer" ] || megaprior-data train-tokenizer --input "${data[@]}" \
+        --output "$out/tokenizer" --vocab-size 4000
+    build text "${data[@]}" -- --text --subset 0:0.4
+    build reference "${data[@]}" -- --text --subset 0:0.4
+    build pairs "${data[@]}" -- --subset 0.4:0.9
+    build heldout "${data[@]}" -- --subset 0.9:1
+fi
+timed "verify" megaprior-data verify "$out"/shards/*
+
+say "3. A small text LM, and the reference fine-tuned from it on captions of other images"
+train textlm textlm "data.train.0.path=$out/shards/text"
+train reference reference "data.train.0.path=$out/shards/reference" "model.init=$out/textlm"
+
+say "4. A score for every caption token; one of two processes is killed on the way and the command repeated"
+score() { timed "score $1" megaprior score --model "$out/reference" --shards "$out/shards/$1" --unit-tokens 8192 "${@:2}"; }
+kill_a_scorer() { # one of this folder's worker processes, without warning
+    local process
+    for process in /proc/[0-9]*; do
+        if tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -q "megaprior.score.worker.*$out/"; then
+            kill -KILL "${process#/proc/}" && return
+        fi
+    done
+}
+ledger=$out/shards/pairs/.score-ref_logprob
+if [ ! -e "$out/shards/pairs/00000.ref_logprob.json" ] && [ ! -e "$ledger" ]; then
+    score pairs --processes 2 & scorer=$!
+    until compgen -G "$ledger/*.npy" >/dev/null || ! kill -0 $scorer 2>/dev/null; do sleep 0.1; done
+    kill_a_scorer
+    wait $scorer || echo "quickstart: the scorer lost a process and stopped with exit code $?; repeating the command" >&2
+fi
+score pairs --processes 2
+score heldout
+
+for ((seed = 0; seed < seeds; seed++)); do
+    say "5. The vision-language model, seed $seed: next-token prediction, then PRIOR, on the same batches"
+    for method in ntp prior; do
+        train ulvlm "ulvlm_${method}_seed$seed" "seed=$seed" "weighting.kind=$method" "model.init=$out/textlm" \
+            "data.train.0.path=$out/shards/pairs" "data.heldout=$out/shards/heldout"
+    done
+done
+
+say "6. What did they learn to see?"
+probe=() runs=()
+if [ -e "$out/scenes" ]; then
+    probe=(--probe "$out/scenes/probe/probe.jsonl" --output "$out/results.jsonl")
+    megaprior evaluate --model "$out/reference" "${probe[@]}"
+fi
+for ((seed = 0; seed < seeds; seed++)); do
+    for method in ntp prior; do
+        run=$out/ulvlm_${method}_seed$seed
+        runs+=(--run "ulvlm.$method=$run")
+        timed "evaluate $method seed $seed" megaprior evaluate --model "$run" --shards "$out/shards/heldout" "${probe[@]}"
+    done
+done
+
+say "7. The report"
+[ ${#probe[@]} -eq 0 ] || probe=(--probe "$out/results.jsonl")
+megaprior report --output "$out/report.html" --results "$out/results.json" --shards "$out/shards/pairs" \
+    --heldout "$out/shards/heldout" "${runs[@]}" --stage "text LM=$out/textlm" --stage "reference=$out/reference" \
+    "${probe[@]}" --times "$out/times.jsonl" --command "$typed"

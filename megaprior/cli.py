@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megaprior import __version__
-from megaprior.errors import MegapriorError
+from megaprior.errors import MegapriorError, UsageError
 
 _STORY = """\
 the story, one way through:
@@ -160,28 +160,91 @@ def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser = verb(
         "evaluate",
         _evaluate,
-        "probe a saved checkpoint: true statements against swapped ones, with true and with shuffled images",
+        "probe a saved checkpoint with true and false statements, and measure its held-out loss token by token",
         "megaprior evaluate --model runs/prior --probe scenes/probe/probe.jsonl --output runs/results.jsonl",
     )
-    parser.add_argument("--model", type=Path, required=True, help="a run folder, a checkpoint, or a Hugging Face folder")
-    parser.add_argument("--probe", type=Path, required=True, help="probe items, JSON lines: image, true, false, attribute")
-    parser.add_argument("--output", type=Path, required=True, help="results.jsonl; one line per checkpoint and probe")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="a run folder, a checkpoint, or a Hugging Face folder"
+    )
+    parser.add_argument("--probe", type=Path, help="probe items, JSON lines: image, true, false, attribute")
+    parser.add_argument("--output", type=Path, help="results.jsonl for the probe; one line per checkpoint and probe")
+    parser.add_argument("--shards", type=Path, help="held-out shards: the loss with true and with shuffled images")
+    parser.add_argument(
+        "--scores", default="ref_logprob", help="score stream that splits the loss (default: ref_logprob)"
+    )
+    parser.add_argument("--captions", type=int, default=5000, help="held-out captions at most (default: 5000)")
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megaprior.evaluate import evaluate
+    if options.probe is None and options.shards is None:
+        raise UsageError("evaluate: give --probe FILE, --shards DIR, or both")
+    if options.probe is not None:
+        if options.output is None:
+            raise UsageError("evaluate: --probe needs --output FILE for its line of results")
+        from megaprior.evaluate import evaluate
 
-    evaluate(model=options.model, probe=options.probe, output=options.output)
+        evaluate(model=options.model, probe=options.probe, output=options.output)
+    if options.shards is not None:
+        from megaprior.analysis.loss_split import heldout_losses
+
+        heldout_losses(options.model, options.shards, scores=options.scores, captions=options.captions)
     return 0
 
 
 def _add_report(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    parser = verb("report", _report, "write runs and results as one self-contained HTML file", "megaprior report")
-    parser.add_argument("--output", type=Path, required=True)
+    parser = verb(
+        "report",
+        _report,
+        "write runs and results as one self-contained HTML file, and the same numbers as JSON",
+        "megaprior report --output report.html --results results.json --shards shards/pairs --heldout shards/heldout "
+        "--run ulvlm.ntp=runs/ntp --run ulvlm.prior=runs/prior",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the HTML file")
+    parser.add_argument("--results", type=Path, help="JSON file with what the page shows")
+    parser.add_argument("--shards", type=Path, nargs="+", default=[], help="scored shard folders (importance, Fig. 8)")
+    parser.add_argument(
+        "--heldout", type=Path, help="held-out shards that `evaluate --shards` measured (Fig. 9, captions)"
+    )
+    parser.add_argument("--scores", default="ref_logprob", help="name of the score stream (default: ref_logprob)")
+    parser.add_argument("--run", action="append", default=[], metavar="FAMILY.METHOD=RUN", help="repeat for more seeds")
+    parser.add_argument("--stage", action="append", default=[], metavar="NAME=RUN", help="runs before: time and memory")
+    parser.add_argument("--probe", type=Path, help="results.jsonl of `evaluate --probe`")
+    parser.add_argument("--times", type=Path, help="JSON lines: stage, wall_s, peak_memory_mib, command")
+    parser.add_argument("--command", action="append", default=[], help="what to type to repeat all this")
+    parser.add_argument("--title", default="PRIOR, end to end", help="headline of the page")
 
 
 def _report(options: argparse.Namespace) -> int:
-    raise UsageError(f"{options.output}: not there yet")
+    from megaprior.analysis.report import report
+
+    runs: dict[str, dict[str, list[str]]] = {}
+    for name, folder in (_named(text, "--run") for text in options.run):
+        family, dot, method = name.partition(".")
+        if not dot:
+            raise UsageError(f"--run {name}={folder}: expected FAMILY.METHOD=RUN, for example ulvlm.prior={folder}")
+        runs.setdefault(family, {}).setdefault(method, []).append(folder)
+    report(
+        options.output,
+        results=options.results,
+        shards=options.shards,
+        heldout=options.heldout,
+        scores=options.scores,
+        runs=runs,
+        stages=dict(_named(text, "--stage") for text in options.stage),
+        probe=options.probe,
+        times=options.times,
+        commands=options.command,
+        title=options.title,
+    )
+    print(options.output)
+    return 0
+
+
+def _named(text: str, flag: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise UsageError(f"{flag} {text}: expected NAME=PATH")
+    return name, value
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaprior.analysis.losses import read_losses
 from megaprior.analysis.loss_split import heldout_losses, shuffled_images
+from megaprior.analysis.losses import read_losses
 from megaprior.errors import UsageError
 
 CAPTIONS = ["a red square", "a red square at dusk", "one blue circle", "a photo", "2 squares and one circle at dusk"]

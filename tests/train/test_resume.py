@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +69,23 @@ def test_killed_before_any_row_and_repeated(
 
 
 def test_killed_at_any_file_of_a_save(world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path) -> None:
-    # One child after another on one folder, each killed a few file operations further into its first save.
+    # One child after another, each killed a few file operations further into its first save, until one is not reached.
     out, kills = tmp_path / "run", 0
-    for number in (1, 3, 6, 10, 14, 18, 22, 26, 30, 34):
+    for number in count(1, 4):
         shutil.rmtree(out, ignore_errors=True)
-        code = finish(spawn(run_settings(world, out), {"files": number, "below": "step_00000002"}))
+        values = run_settings(world, out, steps=2, eval_every=0)  # the rate warms up for two steps: as in the longer run
+        code = finish(spawn(values, {"files": number, "below": "step_00000002"}))
+        if code == 0:
+            break
         assert code == -signal.SIGKILL
         kills += 1
         whole = out / "checkpoints" / "step_00000002"
         assert not whole.exists() or (whole / "manifest.json").exists()
-        left = out / "checkpoints"
-        assert train(config(run_settings(world, out, steps=2, optim={"lr": 3e-3, "warmup_steps": 2}))) == 0
+        assert train(config(values)) == 0
         assert weights(out, 2) == weights(straight, 2)
-        assert [p.name for p in left.iterdir()] == ["step_00000002"]  # and nothing half-written is left behind
+        assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000002"]  # nothing half-written is left
         assert (out / "latest").read_text() == "step_00000002\n"
-    assert kills == 10
+    assert kills >= 5
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
