@@ -59,7 +59,7 @@ def check_chunk_rows(chunk_rows: int | None) -> None:
 
 
 def kept_targets(targets: Tensor, *, rows: int, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(targets as int64 with 0 where ignored, keep). The range is checked where that needs no device sync: on the CPU."""
+    """(targets as int64 with 0 where ignored, keep). The range is checked where that is free: on the CPU."""
     if targets.shape != (rows,) or targets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"targets must be ({rows},) int64, not {targets.dtype} of {tuple(targets.shape)}")
     keep = targets != ignore_index
@@ -69,7 +69,8 @@ def kept_targets(targets: Tensor, *, rows: int, vocabulary: int, ignore_index: i
         if outside.any():
             first = int(outside.nonzero()[0])
             raise ValueError(
-                f"targets[{first}] is {targets[first].item()}: it must be ignore_index ({ignore_index}) or in [0, {vocabulary})"
+                f"targets[{first}] is {targets[first].item()}: it must be in [0, {vocabulary}) "
+                f"or ignore_index ({ignore_index})"
             )
     return safe, keep
 
@@ -112,7 +113,7 @@ def _check_per_token(name: str, values: Tensor, targets: Tensor) -> None:
 
 
 def _denominator(value: float | Tensor | None, keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """0-d tensor beside `keep`. One already on an accelerator is not read back: below 1 it becomes NaN, and so the loss."""
+    """0-d tensor beside `keep`. One on an accelerator is not read back: below 1 it becomes NaN, and so the loss."""
     if value is None:
         return keep.sum().clamp(min=1).to(dtype)
     if isinstance(value, Tensor):

@@ -78,7 +78,8 @@ def evaluate(
         "shuffle_seed": shuffle_seed,
         "megaprior": __version__,
     }
-    line = _find(Path(output), key)
+    lines = read_results(Path(output))
+    line = next((line for line in lines if all(line.get(field) == value for field, value in key.items())), None)
     if line is not None:
         say(f"{model}: these weights were probed already; their line in {output} stands")
     else:
@@ -87,6 +88,7 @@ def evaluate(
             "format": _FORMAT,
             "version": 1,
             "model": str(model),
+            "checkpoint": folder.parent.name if folder.parent.name.startswith("step_") else None,
             **key,
             "probe": {"file": Path(probe).name, **found},
         }
@@ -137,9 +139,6 @@ def describe(probe: dict[str, Any]) -> str:
     return text if probe["sees"] else f"{text}, without seeing the images"
 
 
-# ---------------------------------------------------------------- items
-
-
 def read_probe(path: Path) -> list[Item]:
     """Read a probe.
 
@@ -183,9 +182,6 @@ def _shuffled(images: Sequence[Path], seed: int) -> list[Path] | None:
     order = np.random.default_rng(seed).permutation(len(distinct))
     following = {distinct[a]: distinct[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
     return [following[image] for image in images]
-
-
-# ---------------------------------------------------------------- likelihoods
 
 
 class _Statements:
@@ -252,9 +248,6 @@ def _read(image: Path, reader: Callable[[bytes], Any]) -> Any:
         raise DataError(f"{image}: {error}") from None
 
 
-# ---------------------------------------------------------------- numbers
-
-
 def _right(log_likelihoods: np.ndarray) -> np.ndarray:
     """float64 [I] from [I, 2]: 1 where the true statement is likelier, 0.5 where both are equal."""
     true, false = log_likelihoods.T
@@ -291,10 +284,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         elif text.strip():
             say(f"warning: {path} line {number} is no result; passed over")
     return found
-
-
-def _find(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    return next((line for line in read_results(path) if all(line.get(k) == value for k, value in key.items())), None)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

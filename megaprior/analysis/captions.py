@@ -31,7 +31,8 @@ def caption_views(
     """`count` evenly spaced captions (nobody chose them), with the losses of each method where it has them.
 
     Returns:
-        Per caption: key, image (data URI, or None), pixelated, cut, and tokens: text, style (CSS variables, 0 to 1) and tip.
+        Per caption: key, image (data URI, or None), pixelated, cut, and tokens: space, text, end, style (CSS variables,
+        0 to 1), tip and worse (PRIOR expects it less than NTP does).
     """
     ids = next((part.ids for part in losses.values()), np.arange(len(shards)))
     if not len(ids):
@@ -53,7 +54,8 @@ def _view(shards: ShardSet, index: int, losses: Mapping[str, TokenLosses], token
         here = {method: float(part[at]) for method, part in values.items() if at < len(part)}
         shown.append(
             {
-                "text": text,
+                "space": text[: len(text) - len(text.lstrip())],
+                "text": text.lstrip(),
                 "end": int(tokens[at]) == tokenizer.eos_id,
                 "style": _style(w[at] if w is not None else None, here),
                 "tip": _tip(w[at] if w is not None else None, here, truth[at] if truth is not None else None),

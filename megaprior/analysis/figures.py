@@ -44,7 +44,12 @@ class Chart:
 
         handles, _ = self.axes.get_legend_handles_labels()
         if handles:
-            self.axes.legend(frameon=False, labelcolor=_INK, handlelength=3)
+            place = {
+                "loc": "lower left",
+                "bbox_to_anchor": (-0.02, 1.0),
+                "ncols": 2,
+            }  # above the axes: never over a line
+            self.axes.legend(frameon=False, labelcolor=_INK, handlelength=3, **place)
         file = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.5}):
             metadata = {"Date": None, "Creator": None, "Format": None, "Type": None, "Title": title}

@@ -15,7 +15,8 @@ FAMILIES = {"ulvlm": "U-LVLM", "hlvlm": "H-LVLM"}
 
 def findings(body: Mapping[str, Any]) -> list[str]:
     """Sentences for the top of the page, from what stands in results.json; plain text."""
-    said = _importance(body["importance"])
+    parts = body["importance_by_shards"]
+    said = [sentence for name, part in parts.items() for sentence in _importance(part, name if len(parts) > 1 else "")]
     for family, methods in body["models"].items():
         said += _losses(family, methods) + _seeing(methods) + _probe(methods, body["reference_probe"])
     return said
@@ -46,19 +47,19 @@ def caveats(body: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _importance(importance: Mapping[str, Any]) -> list[str]:
-    said = []
+def _importance(importance: Mapping[str, Any], name: str) -> list[str]:
+    said, where = [], f"{name}: " if name else ""
     if importance.get("mean") is not None:
         perplexity = importance.get("perplexity")
         at = f", at a perplexity of {number(perplexity, 1)}" if perplexity is not None else ""
         said.append(
-            "The reference reads captions without seeing images. It gives their tokens a mean importance of "
+            f"{where}The reference reads captions without seeing images. It gives their tokens a mean importance of "
             f"{number(importance['mean'])}{at}. Importance is 1 minus the probability that it gave the token."
         )
     if importance.get("auroc") is not None:
         area, related = importance["auroc"], importance["related_fraction"]
         said.append(
-            "A token of an image-related word gets a higher importance than a token of another word "
+            f"{where}A token of an image-related word gets a higher importance than a token of another word "
             f"{percent(area, 0)} of the time (AUROC {number(area)}; 0.50 is chance). {percent(related, 0)} of the tokens "
             "belong to such words, by the record kept when the captions were written."
         )
@@ -74,7 +75,13 @@ def _losses(family: str, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     if kinds[1:]:
         kinds = [kind for kind in kinds if kind[0] != "loss"]
     parts = [_compared(mean(prior, field), mean(ntp, field), words) for field, words in kinds]
-    return [f"{name}, held-out captions: {'; '.join(parts)}."] if parts else []
+    if not parts:
+        return []
+    text = f"{name}, held-out captions: {'; '.join(parts)}."
+    change = [(mean(prior, field) or 0.0) - (mean(ntp, field) or 0.0) for field, _ in kinds]
+    if len(change) == 2 and change[0] < 0 < change[1]:
+        text += " That is PRIOR's trade: words that the text alone predicts get almost no weight."
+    return [text]
 
 
 _KINDS = (

@@ -10,6 +10,9 @@ from megaprior.analysis.findings import FAMILIES, caveats, findings
 from megaprior.analysis.runs import Run
 
 
+_HERO_TOKENS = 48  # the longest caption up to here stands at the top
+
+
 def render(
     body: Mapping[str, Any],
     *,
@@ -44,6 +47,9 @@ def render(
         style=style,
         figures=drawn,
         captions=captions,
+        hero=max(
+            (c for c in captions if len(c["tokens"]) <= _HERO_TOKENS), key=lambda c: len(c["tokens"]), default=None
+        ),
         findings=findings(body),
         caveats=caveats(body),
         keys=_keys(body),
@@ -73,6 +79,13 @@ def _figures(body: Mapping[str, Any], runs: Mapping[str, Mapping[str, Sequence[R
     return drawn
 
 
+_COMPARED = (
+    ("loss_related", "nats per token on image-related words", tables.number),
+    ("loss_unrelated", "nats per token on all other words", tables.number),
+    ("probe_accuracy", "of true statements told from false ones", tables.percent),
+)
+
+
 def _keys(body: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The few numbers that stand large at the top."""
     keys = []
@@ -82,19 +95,12 @@ def _keys(body: Mapping[str, Any]) -> list[tuple[str, str]]:
     elif importance.get("mean") is not None:
         keys.append((tables.number(importance["mean"]), "mean importance of a caption token"))
     for methods in body["models"].values():
-        for method, rows in methods.items():
-            name = figures.NAMES[method]
-            field = "loss_related" if tables.mean(rows, "loss_related") is not None else "loss"
-            words = "image-related words" if field == "loss_related" else "held-out captions"
-            if tables.mean(rows, field) is not None:
-                keys.append((tables.number(tables.mean(rows, field)), f"{name}: nats per token on {words}"))
-            if tables.mean(rows, "probe_accuracy") is not None:
-                keys.append(
-                    (
-                        tables.percent(tables.mean(rows, "probe_accuracy")),
-                        f"{name}: true statements told from false ones",
-                    )
-                )
+        for field, words, shown in _COMPARED:
+            values = {method: tables.mean(rows, field) for method, rows in methods.items()}
+            known = {method: shown(value) for method, value in values.items() if value is not None}
+            if known:
+                names = " to ".join(figures.NAMES[method] for method in known)
+                keys.append((" \u2192 ".join(known.values()), f"{words}, {names}"))
     return keys
 
 

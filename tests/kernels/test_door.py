@@ -164,7 +164,13 @@ def test_ignore_index_and_int32_targets(problem):
 
 def test_autocast_changes_nothing(problem):
     hidden, weight, targets = problem
-    want = linear_weighted_cross_entropy(hidden, weight, targets)[1], linear_logprob(hidden, weight, targets)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+
+    def everything():
+        loss, nll = linear_weighted_cross_entropy(*leaves, targets)
+        return loss, nll, linear_logprob(*leaves, targets), *torch.autograd.grad(loss, leaves)
+
+    want = everything()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = linear_weighted_cross_entropy(hidden, weight, targets)[1], linear_logprob(hidden, weight, targets)
+        got = everything()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -92,8 +92,9 @@ def test_captions_without_tokens():
 
 
 def test_a_large_power_of_small_importances_does_not_underflow():
-    scores, edges = cut([[-1e-20, -2e-20]])  # w^4 = 1e-80 is 0 in float32
-    assert token_weights(scores, edges, alpha=4).tolist() == pytest.approx([2 / 17, 32 / 17], rel=1e-6)
+    for r, alpha, first in ((-1e-20, 4, 2 / 17), (-1e-30, 16, 2 / 65_537)):  # 1e-80 is 0 in float32, 1e-480 in float64
+        scores, edges = cut([[r, 2 * r]])
+        assert token_weights(scores, edges, alpha=alpha).tolist() == pytest.approx([first, 2 - first], rel=1e-5)
 
 
 def test_precision_near_certainty():

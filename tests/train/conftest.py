@@ -34,7 +34,8 @@ def spawn() -> Iterator[Callable[..., Any]]:
     context = multiprocessing.get_context("forkserver")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HERE, before]))
-    context.set_forkserver_preload(["train_children"])
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context.set_forkserver_preload(["train_children", "deepspeed", "torch.utils.tensorboard"])
 
     def start(values: dict[str, Any], fault: dict[str, Any] | None = None) -> Any:
         process = context.Process(target=train_children.child, args=(values, fault or {}))

@@ -6,9 +6,11 @@ Imported by name (see conftest.py), because a child process has to find it too.
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from megaprior.data.scores import ScoreWriter
 from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import Shard
 from megaprior.errors import MegapriorError
+from megaprior.objectives.base import Step
 from megaprior.tokenizer import Tokenizer, train_sentencepiece
-from megaprior.train import engine as engine_module
 from megaprior.train.run import RunConfig, train
 
 SIZES = {
@@ -108,36 +110,77 @@ def config(values: dict[str, Any]) -> RunConfig:
     return build_config(RunConfig, values, source="test")
 
 
-def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
-    """Train in this process and leave with the exit code; `fault` says where to be killed, for real.
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_RUNS: dict[str, dict[str, Any]] = {
+    "ulvlm_ntp": {"weighting": {"kind": "ntp"}},
+    "ulvlm_prior": {"weighting": {"kind": "prior"}},
+    "textlm": {"stage": "textlm", "weighting": {"kind": "ntp"}},
+}
 
-    {"rows": n}  SIGKILL when the n-th row's forward begins;
+
+def golden_settings(world: Path, out: Path, name: str) -> dict[str, Any]:
+    """The run whose losses are committed under golden/NAME.json."""
+    values = settings(world, out, steps=20, save_every=20, eval_every=10, **GOLDEN_RUNS[name])
+    if values["stage"] == "textlm":
+        values["data"] |= {"train": values["data"]["text"], "text": [], "heldout": str(world / "text")}
+        values["model"] = {"llama": SIZES}
+    return values
+
+
+def measure_golden(world: Path, out: Path, name: str) -> dict[str, Any]:
+    """Train it and return its losses."""
+    train(config(golden_settings(world, out, name)))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    numbers = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "eval")}
+    return {
+        "loss": [line["loss"] for line in numbers["train"]],
+        "grad_norm": [line["grad_norm"] for line in numbers["train"]],
+        "heldout_ntp": [line["heldout_ntp"] for line in numbers["eval"]],
+    }
+
+
+def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
+    """Train in this process and leave with the exit code; `fault` says what happens to it, for real.
+
+    {"rows": n}  SIGKILL when the n-th row's forward begins; with "signal": name, that one; with "poison": the row is NaN;
     {"files": n, "below": text}  SIGKILL at the n-th opening, renaming or removal of a file whose path holds `text`;
-    {"signal": name, "rows": n}  that signal instead, the process lives on.
+    {"gradients": path}  rank 0 writes the first step's gradients there;
+    {"environment": {...}}  the launcher's variables; {"only_rank": r}  the fault is that rank's alone.
     """
-    if "rows" in fault:
-        _at_row(fault["rows"], getattr(signal, fault.get("signal", "SIGKILL")))
-    if "files" in fault:
-        _at_file(fault["files"], fault["below"])
+    os.environ.update(fault.get("environment", {}))
+    rank = int(os.environ.get("RANK", "0"))
+    sys.stderr = open(f"{values['out']}.rank{rank}.err", "w", buffering=1)
+    if fault.get("only_rank", rank) == rank:
+        if "rows" in fault:
+            _at_row(fault["rows"], getattr(signal, fault.get("signal", "SIGKILL")), poison=fault.get("poison", False))
+        if "files" in fault:
+            _at_file(fault["files"], fault["below"])
+    if "gradients" in fault:
+        _keep_gradients(Path(fault["gradients"]), first=rank == 0)
     try:
         code = train(config(values))
     except MegapriorError as error:
         print(f"child: {error}", file=sys.stderr)
         code = error.exit_code
+    except BaseException:
+        traceback.print_exc()
+        code = 3
     sys.stderr.flush()
     os._exit(code)
 
 
-def _at_row(number: int, what: signal.Signals) -> None:
-    original, seen = engine_module.LocalEngine.accumulate, [0]
+def _at_row(number: int, what: signal.Signals, *, poison: bool) -> None:
+    original, seen = Step.forward, [0]
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
-        seen[0] += 1
-        if seen[0] == number:
+    def counted(self: Any, batch: Any) -> Any:
+        seen[0] += self.training
+        hit = seen[0] == number and self.training
+        if hit and not poison:
             os.kill(os.getpid(), what)
-        original(self, *args, **kwargs)
+        loss, nll = original(self, batch)
+        return (loss * float("nan"), nll) if hit and poison else (loss, nll)
 
-    engine_module.LocalEngine.accumulate = counted  # type: ignore[method-assign]
+    Step.forward = counted  # type: ignore[method-assign]
 
 
 def _at_file(number: int, below: str) -> None:
@@ -150,3 +193,32 @@ def _at_file(number: int, below: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def _keep_gradients(path: Path, *, first: bool) -> None:
+    import torch
+
+    from megaprior.train.engine import LocalEngine
+    from megaprior.train.zero3 import Zero3Engine
+
+    for kind in (LocalEngine, Zero3Engine):
+
+        def update(self: Any, *, lr: float, scale: float, original: Any = kind.update) -> None:
+            if not path.exists():
+                gradients = {name: tensor.clone() for name, tensor in self.gradients()}
+                if first:
+                    torch.save(gradients, path)
+            original(self, lr=lr, scale=scale)
+
+        kind.update = update  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":  # writes golden/*.json anew: only after a change that is meant to move losses
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        make_world(Path(scratch) / "world")
+        for run in GOLDEN_RUNS:
+            measured = measure_golden(Path(scratch) / "world", Path(scratch) / run, run)
+            GOLDEN.mkdir(exist_ok=True)
+            (GOLDEN / f"{run}.json").write_text(json.dumps({"tolerance": 1e-4, **measured}, indent=1) + "\n")

@@ -1,0 +1,193 @@
+"""Two real ZeRO-3 ranks on CPU against the plain engine: gradients, losses, checkpoints, resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_children import SIZES, config, golden_settings, settings, train, write_shards
+
+from megaprior.errors import UsageError
+from megaprior.tokenizer import load_tokenizer
+from megaprior.train.zero3 import check_version, deepspeed_config
+
+# Nothing stays whole on a rank: tiny tensors would otherwise not be partitioned at all.
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def launch(spawn: Callable[..., Any]) -> Callable[..., list[int]]:
+    """`launch(values, world=2, fault={})` trains on that many ranks and returns their exit codes."""
+
+    def run(values: dict[str, Any], *, world: int = 2, fault: dict[str, Any] | None = None) -> list[int]:
+        values = {**values, "engine": "zero3", "zero": PARTITION_ALL}
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+        processes = [spawn(values, {**(fault or {}), "environment": rank}) for rank in ranks]
+        for process in processes:
+            process.join(240)
+        assert all(process.exitcode is not None for process in processes), "a rank hangs"
+        return [process.exitcode for process in processes]
+
+    return run
+
+
+def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in lines(out)]
+
+
+def model_bytes(out: Path, step: int) -> bytes:
+    return (out / "checkpoints" / f"step_{step:08d}" / "model" / "model.safetensors").read_bytes()
+
+
+def uneven_world(world: Path, folder: Path) -> dict[str, Any]:
+    """Data whose steps have from one to several rows, with fewer rows than ranks in some: dummies on one rank."""
+    tokenizer = load_tokenizer(world / "tokenizer")
+    random = np.random.default_rng(5)
+    lengths = [3] * 12 + [60] * 6
+    captions = [np.array([*random.integers(7, 240, n), tokenizer.eos_id]) for n in random.permutation(lengths)]
+    write_shards(folder / "uneven", captions, tokenizer, images=True)
+    text = [np.array([*random.integers(7, 240, 70), tokenizer.eos_id]) for _ in range(9)]
+    write_shards(folder / "long", text, tokenizer, images=False)
+    return {
+        "train": [{"path": str(folder / "uneven")}],
+        "text": [{"path": str(folder / "long")}],
+        "heldout": str(world / "heldout"),
+        "batch_size": 3,
+        "max_tokens": 80,
+        "pad_to": 16,
+        "mix_ratio": 0.6,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_first_gradients_and_twenty_losses_equal_the_plain_engine(
+    world: Path, tmp_path: Path, launch: Callable[..., list[int]], spawn: Callable[..., Any], tied: bool
+) -> None:
+    values = settings(
+        world,
+        tmp_path / "local",
+        steps=20,
+        save_every=20,
+        eval_every=10,
+        data=uneven_world(world, tmp_path),
+        model={"llama": {**SIZES, "tie_word_embeddings": tied}, "patch": 16, "limit": 32},
+        activation_checkpointing="full" if tied else "none",
+    )
+    single = spawn(values, {"gradients": str(tmp_path / "local.pt")})
+    single.join(120)
+    assert single.exitcode == 0
+    both = {**values, "out": str(tmp_path / "both")}
+    assert launch(both, fault={"gradients": str(tmp_path / "both.pt")}) == [0, 0]
+
+    first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("local", "both"))
+    assert first.keys() == second.keys()
+    assert len(first) == (22 if not tied else 21)
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-5, msg=name)
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "local"), rel=0, abs=1e-5)
+    for kind, key in (("train", "grad_norm"), ("train", "source1_ntp_loss"), ("eval", "heldout_ntp_above")):
+        one, other = ([line[key] for line in lines(tmp_path / name, kind)] for name in ("local", "both"))
+        assert other == pytest.approx(one, rel=1e-5)
+    # What the comparison is worth: steps of different numbers of rows, one row for two ranks among them.
+    assert len({line["micro_steps"] for line in lines(tmp_path / "both")}) >= 2
+    assert min(line["micro_steps"] for line in lines(tmp_path / "local")) == 1 or tied
+    for name, tensor in load_file(tmp_path / "local/checkpoints/step_00000020/model/model.safetensors").items():
+        other = load_file(tmp_path / "both/checkpoints/step_00000020/model/model.safetensors")[name]
+        torch.testing.assert_close(other, tensor, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_resumed_on_two_ranks_bit_for_bit_and_on_one_and_three_with_the_same_samples(
+    world: Path, tmp_path: Path, launch: Callable[..., list[int]]
+) -> None:
+    values = settings(world, tmp_path / "straight", steps=6, save_every=3, eval_every=3)
+    assert launch(values) == [0, 0]
+    straight = tmp_path / "straight"
+    for name, ranks in (("two", 2), ("one", 1), ("three", 3)):
+        out = shutil.copytree(straight, tmp_path / name)
+        shutil.rmtree(out / "checkpoints" / "step_00000006")
+        assert launch({**values, "out": str(out)}, world=ranks) == [0] * ranks
+        assert [line["denominator"] for line in lines(out)] == [line["denominator"] for line in lines(straight)]
+        if ranks == 2:
+            assert losses(out) == losses(straight)
+            assert model_bytes(out, 6) == model_bytes(straight, 6)
+        else:  # AdamW's state came through whole: a wrong moment, step or decay shows in the second loss after it
+            assert losses(out) == pytest.approx(losses(straight), rel=0, abs=2e-6)
+        assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000003", "step_00000006"]
+
+
+@pytest.mark.slow
+def test_killed_stopped_and_poisoned(world: Path, tmp_path: Path, launch: Callable[..., list[int]]) -> None:
+    values = settings(world, tmp_path / "run", steps=6, save_every=2)
+    # A signal to one rank stops both after the same step.
+    codes = launch(values, fault={"rows": 3, "signal": "SIGUSR1", "only_rank": 1})
+    assert codes == [75, 75]
+    newest = int((tmp_path / "run" / "latest").read_text().removeprefix("step_"))
+    assert newest == lines(tmp_path / "run")[-1]["step"]
+    # One rank is killed in the middle of a step: the other ends too, and says which.
+    codes = launch(values, fault={"rows": 3, "only_rank": 1})
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, None)
+    # Repeated, it goes on.
+    assert launch(values) == [0, 0]
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 7))
+    # A NaN on one rank stops both before the update.
+    poisoned = {**values, "out": str(tmp_path / "poisoned"), "save_every": 1}
+    codes = launch(poisoned, fault={"rows": 3, "poison": True, "only_rank": 1})
+    assert codes == [1, 1]
+    assert "nothing was updated" in (tmp_path / "poisoned.rank0.err").read_text()
+
+
+@pytest.mark.slow
+def test_bf16_trains_like_fp32_at_first(world: Path, tmp_path: Path, launch: Callable[..., list[int]]) -> None:
+    values = golden_settings(world, tmp_path / "run", "ulvlm_prior") | {"precision": "bf16"}
+    assert launch(values) == [0, 0]
+    golden = json.loads((Path(__file__).parent / "golden" / "ulvlm_prior.json").read_text())["loss"]
+    assert losses(tmp_path / "run") == pytest.approx(golden, rel=2e-2)
+    assert losses(tmp_path / "run") != pytest.approx(golden, rel=1e-5)
+
+
+def test_the_contract_cannot_be_configured_away() -> None:
+    merged = deepspeed_config(
+        {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True},
+        precision="bf16",
+        world=4,
+        universal=True,
+    )
+    assert merged["gradient_accumulation_steps"] == 1
+    assert merged["train_batch_size"] == 4
+    assert merged["gradient_clipping"] == 0.0
+    assert merged["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert merged["zero_optimization"] == {"overlap_comm": False, "stage": 3}
+    assert merged["bf16"] == {"enabled": True}
+    assert merged["checkpoint"] == {"load_universal": True}
+    for wrong in ({"gradient_clipping": 1.0}, {"gradient_accumulation_steps": 4}, {"zero_optimization": {"stage": 2}}):
+        with pytest.raises(UsageError, match="remove it"):
+            deepspeed_config(wrong, precision="fp32", world=1, universal=False)
+
+
+def test_this_deepspeed_is_new_enough() -> None:
+    check_version()
