@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; a `MegapriorError` is printed as one line and becomes its exit code."""
     options = _parser().parse_args(argv)
     try:
-        return options.run(options) or 0
+        return options.handler(options) or 0
     except MegapriorError as error:
         print(f"megaprior: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         added = verbs.add_parser(
             name, help=help, description=help, epilog=f"example:\n  {example}", formatter_class=raw
         )
-        added.set_defaults(run=run)
+        added.set_defaults(handler=run)
         return added
 
     _add_train(verb)

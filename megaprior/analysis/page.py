@@ -9,7 +9,6 @@ from megaprior.analysis import figures, tables
 from megaprior.analysis.findings import FAMILIES, caveats, findings
 from megaprior.analysis.runs import Run
 
-
 _HERO_TOKENS = 48  # the longest caption up to here stands at the top
 
 

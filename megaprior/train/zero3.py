@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -216,6 +217,8 @@ def prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
+    # Another ninja on PATH (Debian's) would find this environment's build out of date and compile it again, and back.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / "megaprior" / "torch_extensions")

@@ -17,8 +17,6 @@ from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import Shard, ShardSet
 from megaprior.tokenizer import Tokenizer, train_sentencepiece
 
-HOSTILE = "a red <script>alert('owned')</script> square & more"
-
 
 def picture(seed: int, size: tuple[int, int] = (16, 12)) -> bytes:
     """A PNG of noise."""
@@ -145,6 +143,12 @@ def write_run() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def made_up_losses() -> Callable[[ShardSet, str], TokenLosses]:
+    """`made_up_losses(shards, "prior")`: the losses that `write_run` keeps."""
+    return made_up
 
 
 def head(heldout: ShardSet, kind: str) -> dict:

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from megaprior.analysis.findings import caveats, findings
+
+
+def body(ntp: dict, prior: dict, *, seeds: int = 1) -> dict:
+    return {
+        "importance_by_shards": {"pairs": {"mean": 0.5, "perplexity": 2.0, "auroc": 0.85, "related_fraction": 0.31}},
+        "models": {"ulvlm": {"ntp": [ntp] * seeds, "prior": [prior] * seeds}},
+        "reference_probe": {"accuracy": 0.5},
+    }
+
+
+def test_directions_follow_the_numbers() -> None:
+    better = " ".join(findings(body({"loss": 1.0, "loss_related": 1.0}, {"loss": 0.9, "loss_related": 0.75})))
+    assert "on image-related words PRIOR's loss is lower than NTP's, 0.75 against 1.00 nats (\u22120.25)" in better
+    worse = " ".join(findings(body({"loss": 1.0}, {"loss": 1.5})))
+    assert "on all tokens PRIOR's loss is higher than NTP's, 1.50 against 1.00 nats (+0.50)" in worse
+    same = " ".join(findings(body({"loss": 1.0}, {"loss": 1.001})))
+    assert "PRIOR and NTP lose the same, 1.00 nats" in same
+
+
+def test_the_trade_is_named_only_when_it_is_seen() -> None:
+    ntp = {"loss": 1.0, "loss_related": 1.0, "loss_unrelated": 0.5}
+    assert "PRIOR's trade" in " ".join(findings(body(ntp, {**ntp, "loss_related": 0.9, "loss_unrelated": 0.8})))
+    assert "trade" not in " ".join(findings(body(ntp, {**ntp, "loss_related": 1.1, "loss_unrelated": 0.8})))
+
+
+def test_an_interval_that_holds_zero_is_said_to() -> None:
+    ntp = {"shuffle_gap": 0.1, "shuffle_gap_interval": [-0.1, 0.3]}
+    prior = {"shuffle_gap": 0.5, "shuffle_gap_interval": [0.4, 0.6]}
+    (text,) = [s for s in findings(body(ntp, prior)) if "another image" in s]
+    assert "+0.10 nats for NTP (95% interval \u22120.10 to +0.30, which does not exclude 0)" in text
+    assert "+0.50 nats for PRIOR (95% interval +0.40 to +0.60)" in text
+
+
+def test_the_probe_is_told_with_chance_and_the_blind_reference() -> None:
+    rows = {"probe_accuracy": 0.78, "probe_shuffled_accuracy": 0.51}
+    (text,) = [s for s in findings(body(rows, {})) if "statements" in s]
+    assert (
+        "chance is 50%: NTP 78.0% (51.0% with shuffled images); the text-only reference, which cannot see, 50.0%."
+        in text
+    )
+
+
+def test_one_seed_is_said_to_be_one() -> None:
+    assert any("One seed per method" in s for s in caveats(body({}, {})))
+    three = " ".join(caveats(body({}, {}, seeds=3)))
+    assert "3 seeds per method" in three
+    assert "One seed" not in three
+
+
+def test_nothing_is_claimed_of_nothing() -> None:
+    assert findings({"importance_by_shards": {}, "models": {}, "reference_probe": None}) == []

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megaprior.analysis.report import report
+from megaprior.data.shards import ShardSet
+from megaprior.errors import DataError
+
+CAPTIONS = [
+    HOSTILE,
+    "a red square",
+    "one blue circle at dusk",
+    "a photo",
+    "2 squares",
+    "a photo of 3 red squares at dusk",
+]
+PROBE = {
+    "items": 40,
+    "sees": True,
+    "accuracy": 0.75,
+    "interval": [0.6, 0.86],
+    "shuffled_accuracy": 0.5,
+    "shuffled_interval": [0.35, 0.65],
+    "by_attribute": {"colour": {"items": 40, "accuracy": 0.75, "interval": [0.6, 0.86]}},
+}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, write_pairs: Callable[..., Path]) -> Path:
+    return write_pairs(tmp_path / "pairs", CAPTIONS, images=list(range(6)))
+
+
+@pytest.fixture
+def full(tmp_path: Path, pairs: Path, write_run: Callable[..., Path]) -> tuple[Page, str, dict]:
+    """A report with everything in it: page, its source, results."""
+    heldout = ShardSet.open(pairs, scores="ref_logprob")
+    runs = {
+        kind: [write_run(tmp_path / f"{kind}{seed}", kind=kind, seed=seed, heldout=heldout) for seed in (0, 1)]
+        for kind in ("ntp", "prior")
+    }
+    lines = [
+        {"format": "megaprior.result", "model": "m", "checkpoint": None, "digest": f"digest-{kind}", "probe": PROBE}
+        for kind in ("ntp", "prior")
+    ]
+    reference = write_run(tmp_path / "reference")
+    blind = {"items": 40, "sees": False, "accuracy": 0.5, "interval": [0.35, 0.65], "by_attribute": {}}
+    lines.append(lines[0] | {"model": str(reference), "checkpoint": "step_00000040", "digest": "r", "probe": blind})
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "times.jsonl").write_text('{"stage": "score", "wall_s": 6.9, "command": "megaprior score"}\n')
+    returned = report(
+        tmp_path / "report.html",
+        results=tmp_path / "results.json",
+        shards=[pairs],
+        heldout=pairs,
+        runs={"ulvlm": runs},
+        stages={"reference": reference},
+        probe=tmp_path / "results.jsonl",
+        times=tmp_path / "times.jsonl",
+    )
+    html = (tmp_path / "report.html").read_text()
+    body = json.loads((tmp_path / "results.json").read_text())
+    assert body == json.loads(json.dumps(returned))
+    return Page(html), html, body
+
+
+def test_results_hold_what_was_measured(full: tuple[Page, str, dict]) -> None:
+    _, _, body = full
+    assert 0.9 < body["importance"]["auroc"] <= 1  # related tokens score lowest in these shards
+    assert body["importance"]["related_fraction"] == pytest.approx(1 / 3, abs=0.05)
+    assert [row["seed"] for row in body["models"]["ulvlm"]["ntp"]] == [0, 1]
+    ntp, prior = body["models"]["ulvlm"]["ntp"][0], body["models"]["ulvlm"]["prior"][0]
+    assert (ntp["loss_related"], ntp["loss_unrelated"]) == (2.0, 1.0)
+    assert (prior["loss_related"], prior["loss_unrelated"]) == (1.5, 1.25)
+    assert ntp["probe_accuracy"] == 0.75
+    assert ntp["shuffle_gap"] == 1.0
+    assert body["stages"]["score"]["wall_s"] == 6.9
+    assert body["stages"]["ulvlm prior seed 1"]["wall_s"] == 78.2
+    assert body["reference_probe"]["accuracy"] == 0.5
+
+
+def test_a_script_in_a_caption_is_text(full: tuple[Page, str, dict]) -> None:
+    page, html, _ = full
+    assert "script" not in page.tags
+    assert "<script" not in html.lower()
+    captions = re.sub(r"\s+", " ", page.text)
+    assert "<script>alert('owned')</script>" in captions
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+
+
+def test_the_page_needs_nothing_else_and_stays_small(full: tuple[Page, str, dict]) -> None:
+    page, html, _ = full
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "action", "srcset", "data"):
+            assert value.startswith(("data:image/", "#")), (tag, name, value)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
+    assert style is not None
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+    assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+    assert len(html) < 5_000_000
+
+
+def test_everything_is_shown(full: tuple[Page, str, dict]) -> None:
+    page, html, _ = full
+    assert html.count("<svg") == 6  # two curves, the threshold figure, histogram, length, position
+    assert page.tags.count("img") == 7  # six captions, one of them at the top too
+    for words in (
+        "What this cannot tell.",
+        "Its numbers say nothing about the paper's",
+        "1 min 18 s",
+        "812 MiB",
+        "megaprior train ulvlm.yaml weighting.kind=prior",
+        "model-prior-0",
+        "reference, text only",
+        "60.0% to 86.0%",
+        "PRIOR's trade",
+    ):
+        assert words in re.sub(r"\s+", " ", page.text), words
+    tips = [value for _, name, value in page.attributes if name == "data-tip"]
+    assert any("NTP loss 2.00 · PRIOR loss 1.50 · image-related word" in tip for tip in tips)
+
+
+def test_ids_are_told_apart_between_figures(full: tuple[Page, str, dict]) -> None:
+    page, html, _ = full
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    used = set(re.findall(r"url\(#([^)]+)\)", html)) | {v[1:] for _, n, v in page.attributes if n == "xlink:href"}
+    assert used <= set(ids)
+    for shared in {i for i in ids if ids.count(i) > 1} & used:
+        # the same id stands in two figures only where both mean the same drawing
+        drawings = set(
+            re.findall(rf'<(?:path|clipPath|pattern) id="{shared}".*?</(?:defs|clipPath|pattern)>', html, re.DOTALL)
+        )
+        assert len(drawings) <= 1, shared
+
+
+def test_ones_own_data_without_truth_probe_or_second_method(
+    tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path]
+) -> None:
+    own = write_pairs(tmp_path / "own", CAPTIONS, images=list(range(6)), truth=False)
+    run = write_run(tmp_path / "run", kind="prior", heldout=ShardSet.open(own, scores="ref_logprob"))
+    body = report(tmp_path / "report.html", shards=[own], heldout=own, runs={"ulvlm": {"prior": [run]}})
+    page = Page((tmp_path / "report.html").read_text())
+    assert body["importance"]["auroc"] is None
+    assert body["models"]["ulvlm"]["prior"][0]["loss_related"] is None
+    text = re.sub(r"\s+", " ", page.text)
+    assert "Which words relate to the image is not recorded for this data" in text
+    assert "there is no probe for this data" in text
+    assert "None" not in text
+
+
+def test_an_empty_report_and_one_without_scores_say_so(
+    tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path]
+) -> None:
+    report(tmp_path / "empty.html")
+    assert "Nothing was measured yet" in Page((tmp_path / "empty.html").read_text()).text
+    plain = write_pairs(tmp_path / "plain", CAPTIONS, images=list(range(6)), scored=False)
+    run = write_run(tmp_path / "run", heldout=ShardSet.open(plain))
+    report(tmp_path / "plain.html", heldout=plain, runs={"ulvlm": {"ntp": [run]}})
+    page = Page((tmp_path / "plain.html").read_text())
+    checked = [value for _, name, value in page.attributes if name == "id" and value.startswith("show-")]
+    assert checked == ["show-ntp"]
+    with pytest.raises(DataError, match="megaprior score"):
+        report(tmp_path / "report.html", shards=[plain])

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from megaprior.analysis import tables
+
+
+def test_means_need_every_seed() -> None:
+    assert tables.mean([{"loss": 1.0}, {"loss": 2.0}], "loss") == 1.5
+    assert tables.mean([{"loss": 1.0}, {"loss": None}], "loss") is None
+    assert tables.mean([], "loss") is None
+
+
+def test_threshold_tables_are_averaged_row_by_row() -> None:
+    def row(above: float | None) -> list[dict]:
+        return [{"threshold": 0.5, "share_above": 0.25, "above": above, "below": 1.0}]
+
+    assert tables.threshold_means([{"thresholds": row(2.0)}, {"thresholds": row(3.0)}])[0]["above"] == 2.5
+    assert tables.threshold_means([{"thresholds": row(2.0)}, {"thresholds": row(None)}])[0]["above"] is None
+    assert tables.threshold_means([{"thresholds": None}, {}]) == []
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (tables.percent(0.7345), "73.5%"),
+        (tables.percent(None), "\u2013"),
+        (tables.number(1234.5), "1,234.50"),
+        (tables.number(-0.243, 3), "\u22120.243"),
+        (tables.signed(0.5), "+0.50"),
+        (tables.signed(-0.5), "\u22120.50"),
+        (tables.duration(6.94), "6.9 s"),
+        (tables.duration(59.6), "1 min 0 s"),
+        (tables.duration(78.2), "1 min 18 s"),
+        (tables.duration(7_260), "2 h 1 min"),
+        (tables.memory(812.4), "812 MiB"),
+        (tables.memory(3300), "3.2 GiB"),
+        (tables.memory(None), "\u2013"),
+    ],
+)
+def test_numbers_as_people_read_them(shown: str, expected: str) -> None:
+    assert shown == expected
