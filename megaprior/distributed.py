@@ -222,7 +222,8 @@ def connect(here: Place, *, backend: str, timeout_s: float) -> Peers:
 
 
 class Watchdog:
-    """Ends this process when it makes no progress for `timeout_s`, naming the ranks that do not answer.
+    """Ends this process when it makes no progress for `timeout_s`, naming the ranks that do not answer; names them too when
+    a collective fails inside the block.
 
     A frozen peer otherwise stops the whole job without a word. Code that holds the interpreter's lock is ended by
     faulthandler, half a minute later and with a traceback.
@@ -242,11 +243,17 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._closed.set()
-        if self._peers.place.world > 1:
-            faulthandler.cancel_dump_traceback_later()
-            self._thread.join()  # it must not drop the last reference to a process group while the interpreter ends
+        if self._peers.place.world == 1:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()  # it must not drop the last reference to a process group while the interpreter ends
+        if isinstance(error, RuntimeError) and _is_lost_contact(error):
+            raise MegapriorError(
+                f"rank {self._peers.place.rank} lost contact with the others during {self._doing}: {self._blame()}. Repeat the "
+                "command to go on from the newest checkpoint"
+            ) from error
 
     def beat(self, doing: str) -> None:
         """Progress was made; `doing` is what comes next."""
@@ -260,12 +267,21 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        silent = self._peers.silent_ranks()
-        blame = f"rank {', '.join(map(str, silent))} does not answer" if silent else "all ranks answer but none goes on"
         print(
             f"megaprior: error: rank {self._peers.place.rank} made no progress for {self._timeout_s:.0f} s during "
-            f"{self._doing}: {blame}; the job ends. Repeat the command to go on from the newest checkpoint",
+            f"{self._doing}: {self._blame()}; the job ends. Repeat the command to go on from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)
+
+    def _blame(self) -> str:
+        silent = self._peers.silent_ranks()
+        return f"rank {', '.join(map(str, silent))} does not answer" if silent else "all ranks still answer"
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process: gloo raises a bare RuntimeError that names itself."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -18,12 +18,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command line) of every indented or fenced command that starts with one of our programs."""
+    """(page, command line) of every indented command that starts with one of our programs."""
     found = []
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").splitlines():
             command = line.strip().strip("`").removeprefix("$ ")
-            if re.match(r"(bash (launch|\.ci)/|sbatch launch/|megaprior(-data)? [a-z])", command):
+            if line.startswith("    ") and re.match(r"(bash (launch|\.ci)/|sbatch launch/|megaprior(-data)? [a-z])", command):
                 found.append((page.name, command))
     return found
 

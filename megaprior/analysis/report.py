@@ -158,7 +158,7 @@ def _fingerprints(scored: Sequence[ShardSet], held: ShardSet | None, runs: Seque
 
 def results_body(sources: Sources) -> dict[str, Any]:
     """The numbers of the report: importance, models by family and method (one entry a seed), stages."""
-    stages = {str(line.get("stage")): tables.stage_row(line) for line in sources.times}
+    stages = tables.stage_times(sources.times)
     stages |= {name: tables.stage_row(run.summary) for name, run in sources.stages.items()}
     for family, methods in sources.runs.items():
         for method, seeds in methods.items():

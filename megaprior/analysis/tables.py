@@ -49,6 +49,19 @@ def stage_row(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {field: summary.get(field) for field in fields}
 
 
+def stage_times(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`stage_row` by stage of lines of `times`: attempts at one stage (a kill and its repetition) add up in time."""
+    stages: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        row = stage_row(line)
+        before = stages.get(str(line.get("stage")), row | {"wall_s": None, "peak_memory_mib": None})
+        for field, joined in (("wall_s", sum), ("peak_memory_mib", max)):
+            known = [value for value in (before[field], row[field]) if value is not None]
+            row[field] = joined(known) if known else None
+        stages[str(line.get("stage"))] = row
+    return stages
+
+
 def mean(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:
     """Mean of a field over seeds; None unless every row has it."""
     values = [row.get(field) for row in rows]

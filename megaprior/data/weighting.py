@@ -53,7 +53,7 @@ def caption_weights(scores: Sequence[np.ndarray], *, kind: str, alpha: float, le
 
     Args:
         scores: per caption, float32 [k], scores of the tokens that are really in the loss.
-        kind: "logprob" (w = (1 - e^r)^alpha) or "importance" (w = score^alpha).
+        kind: "logprob" (w = (1 - e^r)^alpha) or "importance" (w is the score; alpha does not touch it).
 
     Returns:
         float32 [N], the captions' weights one after another.

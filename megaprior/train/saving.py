@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and AdamW's two moments
 _ROOM = 1.05
+_CANNOT_WRITE = ("write", "inline_container", "I/O error")  # of torch, its archive writer, safetensors
 
 
 def save_checkpoint(
@@ -69,14 +70,14 @@ def remove_leftovers(run: Path) -> None:
 
 
 def _guarded(peers: Peers, folder: Path, write: Any) -> None:
-    """Run one rank's part of a save; a failure anywhere stops all ranks, and a full disk is explained."""
+    """Run one rank's part of a save; a failure anywhere is raised on all ranks, and a full disk is explained."""
     error: Exception | None = None
     try:
         write()
-    except Exception as found:  # the peers are told before it is raised; torch and safetensors wrap a full disk in their own
+    except Exception as found:
         error = found
         free = shutil.disk_usage(folder).free
-        if isinstance(found, OSError) or "write" in str(found).lower():
+        if isinstance(found, OSError) or any(word in str(found) for word in _CANNOT_WRITE):
             error = CheckpointError(
                 f"{folder}: cannot be written ({' '.join(str(found).split())[:120]}; {free:,} bytes free); the earlier "
                 "checkpoints are intact: free some space and repeat the command"

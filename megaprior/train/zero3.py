@@ -107,12 +107,12 @@ class Zero3Engine:
         return nll.float().cpu()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`: one tensor is whole at a time, on every rank."""
+        """See `Engine`: one tensor is whole at a time, on every rank; only rank 0 gets copies that outlive the iteration."""
         from deepspeed.runtime.zero import GatheredParameters
 
         for name, tensor in model_weights(self.module):
             with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
-                yield name, tensor.detach().cpu().clone()
+                yield name, tensor.detach().to("cpu", copy=True) if self.place.rank == 0 else tensor.detach()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
@@ -252,7 +252,7 @@ def prebuild() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".megaprior.lock", "w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
-        for lock in (path for path in folder.glob("**/lock") if _is_stale(path)):
+        for lock in (path for path in folder.glob("**/lock") if is_stale(path)):
             say(f"removed the lock of a killed build, {lock}")
             lock.unlink(missing_ok=True)
         if not any(folder.glob("**/deepspeed_shm_comm*.so")):
@@ -262,7 +262,7 @@ def prebuild() -> None:
         ShareMemCommBuilder().load(verbose=False)
 
 
-def _is_stale(lock: Path) -> bool:
+def is_stale(lock: Path) -> bool:
     """Whether a build lock outlives any build that is still going on without our own lock."""
     while lock.exists():
         age = time.time() - lock.stat().st_mtime

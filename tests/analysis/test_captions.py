@@ -50,7 +50,9 @@ def test_views_are_evenly_spaced_and_carry_every_number(
     assert views[0]["pixelated"]
 
 
-def test_losses_of_a_part_of_the_captions_choose_among_those(tmp_path: Path, write_pairs: Callable[..., Path]) -> None:
+def test_losses_of_a_part_of_the_captions_choose_among_those(
+    tmp_path: Path, write_pairs: Callable[..., Path], made_up_losses: Callable[..., TokenLosses]
+) -> None:
     shards = ShardSet.open(write_pairs(tmp_path / "pairs", CAPTIONS, images=[0, 1, 2, 3, 4], scored=False))
     whole = made_up_losses(shards, "ntp")
     part = TokenLosses(

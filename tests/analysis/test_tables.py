@@ -11,6 +11,19 @@ def test_means_need_every_seed() -> None:
     assert tables.mean([], "loss") is None
 
 
+def test_attempts_at_a_stage_add_up() -> None:
+    lines = [
+        {"stage": "score", "wall_s": 3.0, "peak_memory_mib": 500, "command": "first"},
+        {"stage": "build", "wall_s": 1.0},
+        {"stage": "score", "wall_s": 4.5, "peak_memory_mib": 400, "command": "again"},
+    ]
+    stages = tables.stage_times(lines)
+    assert list(stages) == ["score", "build"]
+    score, build = stages["score"], stages["build"]
+    assert (score["wall_s"], score["peak_memory_mib"], score["command"]) == (7.5, 500, "again")
+    assert (build["wall_s"], build["peak_memory_mib"]) == (1.0, None)
+
+
 def test_threshold_tables_are_averaged_row_by_row() -> None:
     def row(above: float | None) -> list[dict]:
         return [{"threshold": 0.5, "share_above": 0.25, "above": above, "below": 1.0}]

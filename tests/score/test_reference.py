@@ -189,7 +189,7 @@ def test_killed_while_it_assembles_nothing_is_lost_or_doubled(
 def test_a_worker_that_dies_ends_the_command_and_its_units_are_kept(
     reference: Path, write_captions: Callable[..., Path]
 ) -> None:
-    folder = write_captions("pairs", captions=2000)
+    folder = write_captions("pairs", captions=1000)
     found: list[list[int]] = []
 
     def kill_one() -> None:
@@ -241,7 +241,7 @@ def _workers() -> list[int]:
 def test_a_full_disk_ends_the_command_and_keeps_what_was_finished(
     reference: Path, write_captions: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = write_captions("pairs", captions=2000)
+    folder = write_captions("pairs", captions=1000)
     small = folder / ".score-ref_logprob"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(small)], capture_output=True).returncode:

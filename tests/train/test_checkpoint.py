@@ -44,7 +44,12 @@ def test_the_layout(run: Path) -> None:
     listed = set(checkpoint.manifest["files"])
     found = {str(p.relative_to(checkpoint.path)) for p in checkpoint.path.rglob("*") if p.is_file()}
     assert listed | {"manifest.json"} == found
-    assert {"model/config.json", "model/model.safetensors", "model/tokenizer/tokenizer.model", "state/local.pt"} <= listed
+    assert {
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer/tokenizer.model",
+        "state/local.pt",
+    } <= listed
     assert not list(checkpoint.model.rglob("*.pt")) + list(checkpoint.model.rglob("*.bin"))
     assert (run / "latest").read_text() == "step_00000004\n"
 
@@ -116,7 +121,8 @@ def test_an_incomplete_one_is_skipped_with_a_warning_and_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"\xff\x00garbage", b"step_99999999\n", b'{"version": 2, "step": 4}'],
+    "content",
+    [None, b"", b"\xff\x00garbage", b"step_99999999\n", b'{"version": 2, "step": 4}'],
     ids=["missing", "empty", "garbage", "absent", "newer"],
 )
 def test_latest_is_never_trusted_alone(run: Path, capsys: pytest.CaptureFixture[str], content: bytes | None) -> None:

@@ -67,9 +67,7 @@ def test_sums_are_loss_nll_by_source_and_squared_norm(world: Path) -> None:
 def test_update_is_adamw_on_scaled_gradients_at_the_given_rate(world: Path) -> None:
     engine, _ = engine_after(world)
     twin, _ = engine_after(world)
-    plain = torch.optim.AdamW(
-        assembly_groups(twin), lr=1.0, betas=(0.9, 0.95), eps=1e-8
-    )
+    plain = torch.optim.AdamW(assembly_groups(twin), lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     for group in plain.param_groups:
         group["lr"] = 0.01
     for parameter in twin.module.parameters():
@@ -90,7 +88,7 @@ def assembly_groups(engine: LocalEngine) -> list[dict]:
 
 
 def test_discard_leaves_no_trace(world: Path) -> None:
-    engine, (batch,) = engine_after(world)
+    engine, (_batch,) = engine_after(world)
     before = {name: tensor.clone() for name, tensor in engine.weights()}
     engine.discard()
     assert list(engine.gradients()) == []
@@ -132,7 +130,9 @@ def test_evaluate_leaves_gradients_and_mode_alone(world: Path) -> None:
 
 def test_tied_weights_are_given_once(world: Path) -> None:
     values = settings(world, Path("unused"))
-    tied, _ = engine_after(world, model={**values["model"], "llama": {**values["model"]["llama"], "tie_word_embeddings": True}})
+    tied, _ = engine_after(
+        world, model={**values["model"], "llama": {**values["model"]["llama"], "tie_word_embeddings": True}}
+    )
     names = [name for name, _ in tied.weights()]
     assert "lm_head.weight" not in names
     assert "model.embed_tokens.weight" in names

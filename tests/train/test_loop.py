@@ -67,7 +67,9 @@ def test_an_infinite_gradient_stops_too(world: Path, tmp_path: Path) -> None:
 
 
 def test_every_step_is_logged_once_with_all_fields(world: Path, tmp_path: Path) -> None:
-    values = settings(world, tmp_path / "run", steps=4, save_every=4, log_every=2, optim={"lr": 4e-3, "warmup_steps": 4})
+    values = settings(
+        world, tmp_path / "run", steps=4, save_every=4, log_every=2, optim={"lr": 4e-3, "warmup_steps": 4}
+    )
     train(config(values))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]

@@ -20,11 +20,24 @@ from megaprior.errors import CheckpointError, DataError, UsageError
 
 STEPS, SAVE_EVERY = 6, 2
 # What a metrics line says about the run itself; the rest are times.
-FACTS = ("kind", "step", "loss", "ntp_loss", "grad_norm", "lr", "loss_tokens", "sum_g", "heldout_ntp", "heldout_ntp_above")
+FACTS = (
+    "kind",
+    "step",
+    "loss",
+    "ntp_loss",
+    "grad_norm",
+    "lr",
+    "loss_tokens",
+    "sum_g",
+    "heldout_ntp",
+    "heldout_ntp_above",
+)
 
 
 def run_settings(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    return settings(world, out, **{"steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 3, "eval_batches": 1, **changes})
+    return settings(
+        world, out, **{"steps": STEPS, "save_every": SAVE_EVERY, "eval_every": 3, "eval_batches": 1, **changes}
+    )
 
 
 def facts(out: Path) -> list[dict[str, Any]]:
@@ -73,7 +86,9 @@ def test_killed_at_any_file_of_a_save(world: Path, straight: Path, spawn: Callab
     out, kills = tmp_path / "run", 0
     for number in count(1, 4):
         shutil.rmtree(out, ignore_errors=True)
-        values = run_settings(world, out, steps=2, eval_every=0)  # the rate warms up for two steps: as in the longer run
+        values = run_settings(
+            world, out, steps=2, eval_every=0
+        )  # the rate warms up for two steps: as in the longer run
         code = finish(spawn(values, {"files": number, "below": "step_00000002"}))
         if code == 0:
             break
@@ -86,6 +101,23 @@ def test_killed_at_any_file_of_a_save(world: Path, straight: Path, spawn: Callab
         assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000002"]  # nothing half-written is left
         assert (out / "latest").read_text() == "step_00000002\n"
     assert kills >= 5
+
+
+def test_a_save_that_cannot_be_written_leaves_the_earlier_ones(
+    world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    copy_at(straight, out, 2)
+    before = weights(out, 2)
+    assert finish(spawn(run_settings(world, out), {"largest": 300_000})) == 65
+    said = Path(f"{out}.rank0.err").read_text()
+    assert "step_00000004" in said
+    assert "the earlier checkpoints are intact: free some space and repeat the command" in said
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_00000002"]
+    assert weights(out, 2) == before
+    assert train(config(run_settings(world, out))) == 0
+    assert facts(out) == facts(straight)
+    assert weights(out) == weights(straight)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])

@@ -26,11 +26,16 @@ def textlm(world: Path, out: Path, **changes: object) -> dict:
 
 def test_the_stages_follow_one_another(world: Path, tmp_path: Path) -> None:
     train(config(textlm(world, tmp_path / "text", steps=3)))
-    reference = textlm(world, tmp_path / "reference", steps=3) | {"stage": "reference", "model": {"init": str(tmp_path / "text")}}
+    reference = textlm(world, tmp_path / "reference", steps=3) | {
+        "stage": "reference",
+        "model": {"init": str(tmp_path / "text")},
+    }
     train(config(reference))
     visual = {"init": str(tmp_path / "text" / "checkpoints" / "step_00000003"), "patch": 16, "limit": 32}
     train(config(settings(world, tmp_path / "visual", steps=3, model=visual)))
-    folders = {name: tmp_path / name / "checkpoints" / "step_00000003" / "model" for name in ("text", "reference", "visual")}
+    folders = {
+        name: tmp_path / name / "checkpoints" / "step_00000003" / "model" for name in ("text", "reference", "visual")
+    }
     kinds = {name: json.loads((f / "config.json").read_text())["model_type"] for name, f in folders.items()}
     assert kinds == {"text": "llama", "reference": "llama", "visual": "megaprior_ulvlm"}
     # Three small steps do not take a model far from where it started: the visual one began with the text LM's weights.
@@ -69,7 +74,9 @@ def test_dry_run_touches_nothing(world: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_another_tokenizer_is_refused_before_weights_are_read(world: Path, tmp_path: Path) -> None:
     train(config(textlm(world, tmp_path / "text", steps=3)))
-    other = train_sentencepiece([f"entirely other words, {n} of them" for n in range(50)], tmp_path / "tok", vocab_size=290)
+    other = train_sentencepiece(
+        [f"entirely other words, {n} of them" for n in range(50)], tmp_path / "tok", vocab_size=290
+    )
     write_shards(tmp_path / "others", [np.array([9, 10, other.eos_id])] * 4, other, images=True)
     values = settings(world, tmp_path / "run", model={"init": str(tmp_path / "text"), "patch": 16, "limit": 32})
     values["data"]["train"] = [{"path": str(tmp_path / "others")}]
@@ -81,7 +88,9 @@ def test_another_tokenizer_is_refused_before_weights_are_read(world: Path, tmp_p
     # The shards of one run must agree among themselves, too.
     mixed = settings(world, tmp_path / "run2")
     mixed["data"]["train"].append({"path": str(tmp_path / "others")})
-    with pytest.raises(DataError, match=r"others: another tokenizer than that of the shards .*pairs: the vocabulary differs"):
+    with pytest.raises(
+        DataError, match=r"others: another tokenizer than that of the shards .*pairs: the vocabulary differs"
+    ):
         train(config(mixed))
 
 
@@ -108,10 +117,14 @@ def test_what_cannot_work_is_refused_first(world: Path, tmp_path: Path, changes:
     assert not (tmp_path / "run").exists()
 
 
-def test_local_on_several_processes_is_refused(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+def test_local_on_several_processes_is_refused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="engine=local trains on one process, 2 were started"):
         train(config(settings(world, tmp_path / "run")))

@@ -7,6 +7,10 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from train_children import SIZES, config, golden_settings, settings, train, write_shards
+from train_children import SIZES, golden_settings, settings, write_shards
 
 from megaprior.errors import UsageError
 from megaprior.tokenizer import load_tokenizer
-from megaprior.train.zero3 import check_version, deepspeed_config
+from megaprior.train.zero3 import check_version, deepspeed_config, is_stale
 
 # Nothing stays whole on a rank: tiny tensors would otherwise not be partitioned at all.
 PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -151,7 +156,10 @@ def test_killed_stopped_and_poisoned(world: Path, tmp_path: Path, launch: Callab
     # One rank is killed in the middle of a step: the other ends too, and says which.
     codes = launch(values, fault={"rows": 3, "only_rank": 1})
     assert codes[1] == -signal.SIGKILL
-    assert codes[0] not in (0, None)
+    assert codes[0] == 1
+    said = (tmp_path / "run.rank0.err").read_text()
+    assert "rank 0 lost contact with the others during step" in said
+    assert "rank 1 does not answer" in said
     # Repeated, it goes on.
     assert launch(values) == [0, 0]
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 7))
@@ -190,5 +198,45 @@ def test_the_contract_cannot_be_configured_away() -> None:
             deepspeed_config(wrong, precision="fp32", world=1, universal=False)
 
 
+@pytest.mark.slow
+def test_the_deepspeed_launcher_runs_the_command_line(world: Path, tmp_path: Path) -> None:
+    values = settings(world, tmp_path / "run", steps=4, engine="zero3", zero=PARTITION_ALL)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    bin_folder = Path(sys.executable).parent
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module", "megaprior.cli", "train"]
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(bin_folder / command[0]), *command[1:], str(tmp_path / "run.yaml"), "save_every=4"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "manifest.json").read_text())
+    assert (manifest["engine"], manifest["world"]) == ("zero3", 2)
+
+
 def test_this_deepspeed_is_new_enough() -> None:
     check_version()
+
+
+def test_an_older_one_is_refused_with_both_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "deepspeed-0.19.2.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match=r"DeepSpeed 0\.19\.2 is older than 0\.19\.3.*pip install"):
+        check_version()
+
+
+def test_a_lock_of_a_killed_build_is_told_from_a_living_one(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    assert is_stale(lock)
+    lock.touch()
+    threading.Timer(0.3, lock.unlink).start()
+    assert not is_stale(lock)

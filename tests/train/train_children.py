@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -144,15 +145,18 @@ def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
 
     {"rows": n}  SIGKILL when the n-th row's forward begins; with "signal": name, that one; with "poison": the row is NaN;
     {"files": n, "below": text}  SIGKILL at the n-th opening, renaming or removal of a file whose path holds `text`;
+    {"largest": n}  no file may grow beyond n bytes: what a full disk looks like to the writer;
     {"gradients": path}  rank 0 writes the first step's gradients there;
     {"environment": {...}}  the launcher's variables; {"only_rank": r}  the fault is that rank's alone.
     """
     os.environ.update(fault.get("environment", {}))
     rank = int(os.environ.get("RANK", "0"))
-    sys.stderr = open(f"{values['out']}.rank{rank}.err", "w", buffering=1)
+    sys.stderr = open(f"{values['out']}.rank{rank}.err", "a", buffering=1)  # noqa: SIM115 (the process ends with it)
     if fault.get("only_rank", rank) == rank:
         if "rows" in fault:
             _at_row(fault["rows"], getattr(signal, fault.get("signal", "SIGKILL")), poison=fault.get("poison", False))
+        if "largest" in fault:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest"], fault["largest"]))
         if "files" in fault:
             _at_file(fault["files"], fault["below"])
     if "gradients" in fault:
