@@ -35,30 +35,39 @@ class Engine(Protocol):
 
         `group` int64 [N] on the CPU: for each loss token the sum that its NLL is counted in.
         """
+        ...
 
     def sums(self) -> list[float]:
         """[squared gradient norm, loss, NLL of group 0, ...]: this rank's parts of the step's, which are their sums."""
+        ...
 
     def update(self, *, lr: float, scale: float) -> None:
         """Multiply the gradients with `scale`, apply AdamW at `lr`, clear them."""
+        ...
 
     def discard(self) -> None:
         """Drop what was accumulated."""
+        ...
 
     def evaluate(self, row: Batch) -> Tensor:
         """NLL of the row's loss tokens, float32 [N], without gradients."""
+        ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the model, tensor on the CPU) one by one; tied ones once. Collective."""
+        ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the module, accumulated gradient in float32 on the CPU) one by one. Collective."""
+        ...
 
     def save_state(self, folder: Path) -> None:
         """Write everything that resuming needs into `folder`. Collective."""
+        ...
 
     def load_state(self, folder: Path, *, world: int) -> None:
         """Read what `save_state` wrote with `world` processes. Collective."""
+        ...
 
 
 class Sums:

@@ -47,7 +47,7 @@ class HeldOut:
         assert cfg.heldout is not None
         shards = _open(cfg.heldout, scores=cfg.scores, tokenizer=tokenizer)
         self._kind, self._threshold, self._peers = shards.score_kind, threshold, peers
-        ids = permute(np.arange(min(samples, len(shards))), len(shards), 0)
+        ids = permute(np.arange(min(samples, len(shards))), len(shards), 0).tolist()
         found = rows(shards, ids, spec=spec, max_tokens=cfg.max_tokens, bos_id=tokenizer.bos_id, pad_to=cfg.pad_to)
         mine, count, last = [], 0, None
         for count, last in enumerate(found, start=1):

@@ -55,37 +55,46 @@ class Record:
 
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""
-        wall_s = self._wall_s + time.monotonic() - self._began
-        return {**self._constant, "restarts": self._restarts, "wall_s": round(wall_s, 3)}
+        wall_s = round(self._wall_s + time.monotonic() - self._began, 3)
+        return {**self._constant, "restarts": self._restarts, "wall_s": wall_s, "peak_memory_mib": peak_memory_mib()}
 
-    def write_summary(self, last: Checkpoint, *, world: int) -> None:
-        """Write RUN/summary.json."""
-        lines = read_metrics(self._cfg.out / "metrics.jsonl")
-        train = [line for line in lines if line["kind"] == "train"]
-        evals = [line for line in lines if line["kind"] == "eval"]
-        seconds = sum(line["step_s"] for line in train)
-        weights = {
-            k: v for k, v in last.manifest["files"].items() if k.startswith("model/") and k.endswith(".safetensors")
-        }
-        body = {
-            **self.facts(),
-            "steps": last.step,
-            "engine": self._cfg.engine,
-            "world": world,
-            "precision": self._cfg.precision,
-            "peak_memory_mib": peak_memory_mib(),
-            "loss_tokens_per_s": sum(line["loss_tokens"] for line in train) / seconds if seconds else None,
-            "data_wait_share": sum(line["data_wait_s"] for line in train) / seconds if seconds else None,
-            "final": train[-1] if train else None,
-            "heldout": evals[-1] if evals else None,
-            "fingerprints": {
-                "tokenizer": self._constant["tokenizer"]["fingerprint"],
-                "model": digest_json(weights),
-                "shards": [source["build_id"] for source in self._constant["data"]["sources"]],
-            },
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        }
-        atomic_write(self._cfg.out / "summary.json", json.dumps(body, indent=1, sort_keys=True, default=str) + "\n")
+
+def write_summary(cfg: RunConfig, last: Checkpoint) -> None:
+    """Write RUN/summary.json from the last checkpoint's manifest and the metrics."""
+    lines = read_metrics(cfg.out / "metrics.jsonl")
+    train = [line for line in lines if line["kind"] == "train"]
+    evals = [line for line in lines if line["kind"] == "eval"]
+    seconds = sum(line["step_s"] for line in train)
+    manifest = last.manifest
+    weights = {k: v for k, v in manifest["files"].items() if k.startswith("model/") and k.endswith(".safetensors")}
+    body = {
+        **{
+            name: value
+            for name, value in manifest.items()
+            if name not in ("files", "digest", "format", "version", "step")
+        },
+        "steps": last.step,
+        "precision": cfg.precision,
+        "loss_tokens_per_s": sum(line["loss_tokens"] for line in train) / seconds if seconds else None,
+        "data_wait_share": sum(line["data_wait_s"] for line in train) / seconds if seconds else None,
+        "final": train[-1] if train else None,
+        "heldout": evals[-1] if evals else None,
+        "fingerprints": {
+            "tokenizer": manifest["tokenizer"]["fingerprint"],
+            "model": digest_json(weights),
+            "shards": [source["build_id"] for source in manifest["data"]["sources"]],
+        },
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    atomic_write(cfg.out / "summary.json", json.dumps(body, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def has_summary(cfg: RunConfig, last: Checkpoint) -> bool:
+    """Whether the summary is that of this checkpoint; a run killed just before its end has an older one or none."""
+    try:
+        return json.loads((cfg.out / "summary.json").read_text(encoding="utf-8"))["steps"] == last.step
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def peak_memory_mib() -> float:

@@ -31,6 +31,7 @@ def claim(cfg: RunConfig, peers: Peers, stack: ExitStack) -> Checkpoint | None:
     Raises:
         UsageError: `out` holds something else, or the run there was begun with another configuration.
         DataError: another process trains there, or a machine does not see the folder.
+        CheckpointError: a file of the checkpoint was changed after it was written; the one before it is offered.
     """
     out = cfg.out
 
@@ -51,14 +52,19 @@ def claim(cfg: RunConfig, peers: Peers, stack: ExitStack) -> Checkpoint | None:
     token, path = peers.first_does(first)
     peers.settle(_unseen(out, token))
     peers.first_does(lambda: (out / ".seen").unlink(missing_ok=True))
-    return open_checkpoint(path) if path is not None else None
+    if path is None:
+        return None
+    checkpoint = open_checkpoint(path)
+    if checkpoint.step < cfg.steps:
+        _verify(checkpoint, peers)
+    return checkpoint
 
 
-def restore(checkpoint: Checkpoint, *, cfg: RunConfig, engine: Engine, loader: Loader, peers: Peers) -> None:
-    """Load the engine's state, after its digests and the run's data were compared.
+def restore(checkpoint: Checkpoint, *, cfg: RunConfig, engine: Engine, loader: Loader) -> None:
+    """Load the engine's state, after the run's data were compared.
 
     Raises:
-        CheckpointError: a file was changed (the checkpoint before is offered), another engine wrote it, or the data differ.
+        CheckpointError: another engine wrote it, or the data differ.
     """
     manifest = checkpoint.manifest
     if manifest["engine"] != engine.name:
@@ -72,16 +78,21 @@ def restore(checkpoint: Checkpoint, *, cfg: RunConfig, engine: Engine, loader: L
                 f"{checkpoint.path}: the data differ from what this run was trained on, in {field}: "
                 f"{_short(loader.identity.get(field))} now, {_short(before)} then; restore those shards or begin a new run"
             )
-    error: Exception | None = None
-    try:
-        checkpoint.verify("state", rank=peers.place.rank, world=peers.place.world)
-    except DataError as found:
-        error = found
-    peers.settle(error)
     if manifest["threads"] != torch.get_num_threads():
         say(f"warning: {manifest['threads']} threads before, {torch.get_num_threads()} now: sums may round differently")
     engine.load_state(checkpoint.state, world=manifest["world"])
     say(f"{cfg.out}: resuming after step {checkpoint.step} of {cfg.steps}")
+
+
+def _verify(checkpoint: Checkpoint, peers: Peers) -> None:
+    """Compare every file with its digest before anything of it is read, the ranks sharing the work."""
+    error: Exception | None = None
+    try:
+        for half in ("state", "model"):
+            checkpoint.verify(half, rank=peers.place.rank, world=peers.place.world)
+    except DataError as found:
+        error = found
+    peers.settle(error)
 
 
 def _unseen(out: Path, token: str) -> DataError | None:

@@ -18,7 +18,14 @@ from megaprior.train import assembly
 from megaprior.train.checkpoint import Checkpoint
 from megaprior.train.evaluation import HeldOut
 from megaprior.train.loop import run_loop
-from megaprior.train.record import Record, set_threads, truncate_metrics, versions_digest
+from megaprior.train.record import (
+    Record,
+    has_summary,
+    set_threads,
+    truncate_metrics,
+    versions_digest,
+    write_summary,
+)
 from megaprior.train.replay import replay
 from megaprior.train.resume import claim, restore
 from megaprior.train.saving import save_checkpoint
@@ -59,12 +66,13 @@ def train(cfg: RunConfig, *, dry_run: bool = False, signals: StopSignals | None 
         peers = connect(here, backend="nccl" if torch.cuda.is_available() else "gloo", timeout_s=cfg.timeout_s)
         stack.callback(peers.close)
         watchdog = stack.enter_context(Watchdog(peers, timeout_s=cfg.timeout_s))
-        peers.announce({"its configuration": digest(trajectory_digest(cfg)), "its versions": versions_digest()}).check(
-            0
-        )
+        begun = {"its configuration": digest(trajectory_digest(cfg)), "its versions": versions_digest()}
+        peers.announce(begun).check(0)
         resumed = claim(cfg, peers, stack)
         if resumed is not None and resumed.step >= cfg.steps:
             say(f"{cfg.out}: all {cfg.steps} steps are done; nothing to do")
+            if here.rank == 0 and not has_summary(cfg, resumed):
+                write_summary(cfg, resumed)
             return 0
         _train(cfg, resumed, peers=peers, watchdog=watchdog, signals=signals, stack=stack)
     return 0
@@ -91,7 +99,7 @@ def _train(
     universal = resumed is not None and resumed.manifest["world"] != here.world
     engine = assembly.build_engine(cfg, model, peers=peers, groups=len(loader.sources), universal=universal)
     if resumed is not None:
-        restore(resumed, cfg=cfg, engine=engine, loader=loader, peers=peers)
+        restore(resumed, cfg=cfg, engine=engine, loader=loader)
     heldout = None
     if cfg.eval_every:
         samples = cfg.eval_batches * cfg.data.batch_size
@@ -118,7 +126,7 @@ def _train(
         save=save,
     )
     if here.rank == 0:
-        record.write_summary(saved[0], world=here.world)
+        write_summary(cfg, saved[0])
 
 
 def _metrics(out: Path, step: int, stack: ExitStack) -> MetricsLog:

@@ -167,6 +167,14 @@ def test_a_finished_run_repeated_does_nothing(world: Path, straight: Path) -> No
     assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file() and p.name != "config.yaml"} == before
 
 
+def test_a_run_killed_before_its_summary_gets_one(world: Path, straight: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(straight, tmp_path / "run")
+    expected = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").unlink()
+    assert train(config(run_settings(world, out))) == 0
+    assert json.loads((out / "summary.json").read_text()) == expected
+
+
 def copy_at(straight: Path, out: Path, step: int) -> None:
     """The run as it was after `step`, as far as a restart looks."""
     shutil.copytree(straight, out)
