@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=f"megaprior {__version__}")
+    # DeepSpeed's launcher puts it first; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(
@@ -80,15 +82,17 @@ def _add_train(verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("config", type=Path, help="YAML file; `extends: other.yaml` inherits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example steps=500")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
-    # DeepSpeed's launcher and older torchrun pass it; LOCAL_RANK in the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _train(options: argparse.Namespace) -> int:
-    from megaprior.config import load_config
-    from megaprior.train.run import RunConfig, train
+    from megaprior.train.signals import StopSignals
 
-    return train(load_config(RunConfig, options.config, options.overrides), dry_run=options.dry_run)
+    with StopSignals() as signals:  # from here on, so that none is lost during the seconds of importing
+        from megaprior.config import load_config
+        from megaprior.train.run import RunConfig, train
+
+        config = load_config(RunConfig, options.config, options.overrides)
+        return train(config, dry_run=options.dry_run, signals=signals)
 
 
 def _add_replay(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -126,6 +130,7 @@ def _add_score(verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--processes", type=int, default=1, help="worker processes; the result is the same (default: 1)"
     )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's products")
     parser.add_argument("--row-tokens", type=int, default=8192, help="tokens per packed row (default: 8192)")
     parser.add_argument("--unit-tokens", type=int, default=65536, help="tokens per unit of work (default: 65536)")
@@ -148,6 +153,7 @@ def _score(options: argparse.Namespace) -> int:
             dtype=options.dtype,
             row_tokens=options.row_tokens,
             unit_tokens=options.unit_tokens,
+            threads=options.threads,
             allow_other_hardware=options.allow_other_hardware,
         )
     return 0
