@@ -5,16 +5,20 @@
 #   bash launch/quickstart.sh --data PATH...        on your own pairs: WebDataset tars, or jsonl with an image folder
 #   bash launch/quickstart.sh --seeds 3             repeats the comparison; one seed cannot tell luck from effect
 #   bash launch/quickstart.sh --out DIR             another folder (default: runs/quickstart)
+#   bash launch/quickstart.sh --fast                a few steps a stage: every stage runs, nothing is learned
 # Stopped? Repeat the command: every stage goes on where it was.
 set -euo pipefail
 
-data=() seeds=1 out=runs/quickstart
+data=() seeds=1 out=runs/quickstart steps=() scenes=() unit=8192
 while [ $# -gt 0 ]; do
     case $1 in
         --data) while [ $# -gt 1 ] && [[ $2 != --* ]]; do data+=("$(realpath -e -- "$2")"); shift; done ;;
         --seeds) seeds=$2; shift ;;
+        --fast)
+            unit=512 steps=(steps=8 optim.warmup_steps=2 save_every=4 data.batch_size=8)
+            scenes=(--pairs 200 --heldout 40 --reference 400 --text 600 --probe 40) ;;
         --out) out=$(realpath -m -- "$2"); shift ;;
-        -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "quickstart: unknown option $1 (see --help)" >&2; exit 2 ;;
     esac
     shift
@@ -25,7 +29,7 @@ mkdir -p "$out"
 
 say() { printf '\n== %s ==\n' "$*" >&2; }
 timed() { python launch/timed.py "$out/times.jsonl" "$@"; }
-train() { megaprior train "launch/configs/quickstart/$1.yaml" "out=$out/$2" "${@:3}"; }
+train() { megaprior train "launch/configs/quickstart/$1.yaml" "out=$out/$2" "${@:3}" "${steps[@]}"; }
 build() { # NAME INPUT... -- OPTION...: one folder of shards; one that is finished already is kept
     local name=$1 inputs=(); shift
     while [ $# -gt 0 ] && [ "$1" != -- ]; do inputs+=("$1"); shift; done
@@ -35,7 +39,7 @@ build() { # NAME INPUT... -- OPTION...: one folder of shards; one that is finish
 
 if [ ${#data[@]} -eq 0 ]; then
     say "1. Scenes with captions: the truth is known per word"
-    [ -e "$out/scenes" ] || timed "make scenes" megaprior-data make-scenes --output "$out/scenes"
+    [ -e "$out/scenes" ] || timed "make scenes" megaprior-data make-scenes --output "$out/scenes" "${scenes[@]}"
     text=$out/scenes/text.txt.gz reference=$out/scenes/reference.txt.gz vocabulary=1000
     say "2. Tokenizer and shards, every byte verified"
     [ -e "$out/tokenizer" ] || megaprior-data train-tokenizer --input "$text" "$reference" \
@@ -62,7 +66,7 @@ train textlm textlm "data.train.0.path=$out/shards/text"
 train reference reference "data.train.0.path=$out/shards/reference" "model.init=$out/textlm"
 
 say "4. A score for every caption token; one of two processes is killed on the way and the command repeated"
-score() { timed "score $1" megaprior score --model "$out/reference" --shards "$out/shards/$1" --unit-tokens 8192 "${@:2}"; }
+score() { timed "score $1" megaprior score --model "$out/reference" --shards "$out/shards/$1" --unit-tokens $unit "${@:2}"; }
 kill_a_scorer() { # one of this folder's worker processes, without warning
     local process
     for process in /proc/[0-9]*; do
