@@ -13,11 +13,11 @@ data=() seeds=1 out=runs/quickstart steps=() scenes=() unit=8192
 while [ $# -gt 0 ]; do
     case $1 in
         --data) while [ $# -gt 1 ] && [[ $2 != --* ]]; do data+=("$(realpath -e -- "$2")"); shift; done ;;
-        --seeds) seeds=$2; shift ;;
+        --seeds) seeds=${2:?a number}; shift ;;
         --fast)
             unit=512 steps=(steps=8 optim.warmup_steps=2 save_every=4 data.batch_size=8)
             scenes=(--pairs 200 --heldout 40 --reference 400 --text 600 --probe 40) ;;
-        --out) out=$(realpath -m -- "$2"); shift ;;
+        --out) out=$(realpath -m -- "${2:?a folder}"); shift ;;
         -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "quickstart: unknown option $1 (see --help)" >&2; exit 2 ;;
     esac
@@ -36,25 +36,27 @@ build() { # NAME INPUT... -- OPTION...: one folder of shards; one that is finish
     timed "build $name" megaprior-data build --input "${inputs[@]}" --output "$out/shards/$name" \
         --tokenizer "$out/tokenizer" "${@:2}"
 }
+tokenizer() {
+    [ -e "$out/tokenizer" ] || timed "train tokenizer" megaprior-data train-tokenizer --input "$@" \
+        --output "$out/tokenizer" --vocab-size "$vocabulary"
+}
 
 if [ ${#data[@]} -eq 0 ]; then
     say "1. Scenes with captions: the truth is known per word"
     [ -e "$out/scenes" ] || timed "make scenes" megaprior-data make-scenes --output "$out/scenes" "${scenes[@]}"
-    text=$out/scenes/text.txt.gz reference=$out/scenes/reference.txt.gz vocabulary=1000
     say "2. Tokenizer and shards, every byte verified"
-    [ -e "$out/tokenizer" ] || megaprior-data train-tokenizer --input "$text" "$reference" \
-        --output "$out/tokenizer" --vocab-size "$vocabulary"
-    build text "$text"
-    build reference "$reference"
+    text=text vocabulary=1000 corpus=("$out/scenes/text.txt.gz" "$out/scenes/reference.txt.gz")
+    tokenizer "${corpus[@]}"
+    build text "${corpus[0]}"
+    build reference "${corpus[1]}"
     build pairs "$out/scenes/pairs"
     build heldout "$out/scenes/heldout"
 else
     say "1. Your pairs, cut into three parts that share no image"
-    # No general text is at hand: the text LM learns from the reference's captions too (docs/decisions.md).
     say "2. Tokenizer and shards, every byte verified"
-    [ -e "$out/tokenizer" ] || megaprior-data train-tokenizer --input "${data[@]}" \
-        --output "$out/tokenizer" --vocab-size 4000
-    build text "${data[@]}" -- --text --subset 0:0.4
+    # No general text is at hand: the text LM learns from the reference's captions (docs/decisions.md).
+    text=reference vocabulary=4000
+    tokenizer "${data[@]}"
     build reference "${data[@]}" -- --text --subset 0:0.4
     build pairs "${data[@]}" -- --subset 0.4:0.9
     build heldout "${data[@]}" -- --subset 0.9:1
@@ -62,7 +64,7 @@ fi
 timed "verify" megaprior-data verify "$out"/shards/*
 
 say "3. A small text LM, and the reference fine-tuned from it on captions of other images"
-train textlm textlm "data.train.0.path=$out/shards/text"
+train textlm textlm "data.train.0.path=$out/shards/$text"
 train reference reference "data.train.0.path=$out/shards/reference" "model.init=$out/textlm"
 
 say "4. A score for every caption token; one of two processes is killed on the way and the command repeated"
