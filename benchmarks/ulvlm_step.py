@@ -148,9 +148,9 @@ def new_model(tokenizer: Tokenizer) -> ULVLM:
 
 def vision_spec(model: ULVLM) -> VisionSpec:
     """Geometry and role ids as the data room takes them."""
-    config = model.config
-    roles = config.vision_roles or {}
-    return VisionSpec(config.patch, config.limit, *(roles[name] for name in ("patch", "start", "row", "end")))
+    spec = VisionSpec.of(model.config)
+    assert spec is not None
+    return spec
 
 
 def new_loader(options: argparse.Namespace, tokenizer: Tokenizer, spec: VisionSpec) -> Loader:

@@ -104,6 +104,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show the shards that would be written and the first samples; write nothing",
     )
+    add("--resume", action="store_true", help="go on with an interrupted build, as repeating its command does anyway")
     _add_reading(parser)
     add(
         "--images",

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from megaprior.data.indexed import looks_like
 from megaprior.errors import DataError, UsageError
-from megaprior.files import digest_bytes
+from megaprior.files import digest_bytes, looks_like
 
 SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),

@@ -25,6 +25,7 @@ import torch
 
 from megaprior import __version__
 from megaprior.data.images import decode_rgb, patchify, probe_size
+from megaprior.data.order import derangement
 from megaprior.data.packing import pack_best_fit
 from megaprior.data.samples import Batch, Segment, VisionSpec, assemble, segment_length
 from megaprior.errors import DataError, UsageError
@@ -32,7 +33,7 @@ from megaprior.files import digest_bytes, digest_json
 from megaprior.models.fingerprint import model_fingerprint
 from megaprior.models.load import load_model
 from megaprior.telemetry import progress, say
-from megaprior.tokenizer import Tokenizer, load_tokenizer
+from megaprior.tokenizer import Tokenizer, load_model_tokenizer
 from megaprior.train.checkpoint import resolve_model
 
 if TYPE_CHECKING:
@@ -99,12 +100,9 @@ def evaluate(
 
 def run_probe(folder: Path, items: Sequence[Item], *, shuffle_seed: int, row_tokens: int) -> dict[str, Any]:
     """The "probe" part of a line for the model in a Hugging Face folder."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder).to(device)
-    own = folder / "tokenizer"
-    tokenizer = load_tokenizer(own if own.is_dir() else folder)
-    spec = vision_spec(model)
-    statements = _Statements(items, tokenizer, spec, row_tokens)
+    model = load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    spec = VisionSpec.of(model.config)
+    statements = _Statements(items, load_model_tokenizer(folder), spec, row_tokens)
     right = _right(statements.log_likelihoods(model, [item.image for item in items]))
     attributes = sorted({item.attribute for item in items})
     chosen = {a: right[[i for i, item in enumerate(items) if item.attribute == a]] for a in attributes}
@@ -119,15 +117,6 @@ def run_probe(folder: Path, items: Sequence[Item], *, shuffle_seed: int, row_tok
         shuffled = _right(statements.log_likelihoods(model, images))
         result |= _share(shuffled, "shuffled_accuracy", "shuffled_interval")
     return result
-
-
-def vision_spec(model: TextLM) -> VisionSpec | None:
-    """How the model reads an image; None for a text-only model."""
-    roles = getattr(model.config, "vision_roles", None)
-    if not roles:
-        return None
-    ids = {f"{role}_id": token for role, token in roles.items()}
-    return VisionSpec(patch=model.config.patch, limit=model.config.limit, **ids)
 
 
 def describe(probe: dict[str, Any]) -> str:
@@ -179,9 +168,8 @@ def _shuffled(images: Sequence[Path], seed: int) -> list[Path] | None:
     distinct = sorted(set(images))
     if len(distinct) < 2:
         return None
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    following = {distinct[a]: distinct[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
-    return [following[image] for image in images]
+    shown = dict(zip(distinct, derangement(len(distinct), seed), strict=True))
+    return [distinct[shown[image]] for image in images]
 
 
 class _Statements:
@@ -199,14 +187,7 @@ class _Statements:
         with progress(len(self.tokens), "probe", "statements") as shown:
             for batch in self._rows(images):
                 batch = batch.to(model.device)
-                states = model.states(
-                    batch.input_ids,
-                    batch.position_ids,
-                    batch.cu_seqlens,
-                    batch.max_seqlen,
-                    patches=batch.patches,
-                    patch_index=batch.patch_index,
-                )
+                states = model.states(**batch.inputs)
                 assert states.hidden is not None
                 values = model.lm_head(states.hidden[batch.loss_index], batch.targets, mode="logprob")
                 parts = values.double().cpu().split(batch.loss_cu.diff().tolist())

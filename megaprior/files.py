@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and digests that prove what they hold.
+"""Files that are either whole or absent, digests that prove what they hold, and what a file of another kind looks like.
 
 Every write is: temporary name in the same folder, fsync, rename, fsync of the folder; a manifest is written last.
 """
@@ -204,6 +204,44 @@ def read_manifest(path: Path | str, *, format: str, version: int = 1) -> dict[st
     if found != expected:
         raise DataError(f"{path}: digest {found} but the content gives {expected}; the file was changed, rebuild it")
     return body
+
+
+# ---------------------------------------------------------------- files of another kind
+
+_LOOKS = (
+    (b"\x1f\x8b", "gzip data"),
+    (b"version https://git-lfs", "a Git-LFS pointer (run `git lfs pull`)"),
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"<?xml", "XML"),
+    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"pk\x03\x04", "a zip archive or a PyTorch checkpoint"),
+    *((bytes([0x80, protocol]), "a pickle, which is never loaded") for protocol in range(2, 6)),
+    (b"\x93numpy", "a NumPy array"),
+    (b"tntidx\0\0", "Megatron's old index format"),
+    (b"{", "JSON text"),
+)
+
+
+def looks_like(head: bytes) -> str | None:
+    """What a file with these first bytes (64 are enough) looks like, in words: the usual accidents of copying and downloading.
+
+    None when they say nothing.
+    """
+    if not head:
+        return "an empty file"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for magic, words in _LOOKS:
+        if start.startswith(magic):
+            return words
+    return "zeros (an unfinished copy)" if not any(head) else None
+
+
+def appearance(path: Path) -> str:
+    """ ", it looks like gzip data" for a file whose beginning says so, else "" (for error messages)."""
+    with open(path, "rb") as file:
+        words = looks_like(file.read(64))
+    return f", it looks like {words}" if words else ""
 
 
 # ---------------------------------------------------------------- one owner at a time

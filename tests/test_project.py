@@ -23,7 +23,9 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").splitlines():
             command = line.strip().strip("`").removeprefix("$ ")
-            if line.startswith("    ") and re.match(r"(bash (launch|\.ci)/|sbatch launch/|megaprior(-data)? [a-z])", command):
+            if line.startswith("    ") and re.match(
+                r"(bash (launch|\.ci)/|sbatch launch/|megaprior(-data)? [a-z])", command
+            ):
                 found.append((page.name, command))
     return found
 

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from megaprior.errors import DataError, UsageError
-from megaprior.tokenizer import Tokenizer, compare_fingerprints, load_tokenizer, train_sentencepiece
+from megaprior.tokenizer import (
+    Tokenizer,
+    compare_fingerprints,
+    load_model_tokenizer,
+    load_tokenizer,
+    train_sentencepiece,
+)
 from megaprior.tokenizer.formats import Llama3
 
 TEXT = [
@@ -271,19 +277,29 @@ def test_bos_and_eos_come_from_the_configuration(byte_level: Path, trained: Toke
         load_tokenizer(folder)
 
 
+def test_a_models_tokenizer_lies_in_its_own_folder_or_beside_the_weights(
+    trained: Tokenizer, byte_level: Path, tmp_path: Path
+) -> None:
+    trained.save(tmp_path / "beside")
+    assert load_model_tokenizer(tmp_path / "beside").fingerprint == trained.fingerprint
+    load_tokenizer(byte_level).save(tmp_path / "beside" / "tokenizer")
+    assert load_model_tokenizer(tmp_path / "beside").fingerprint == load_tokenizer(byte_level).fingerprint
+
+
 # ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
     ("content", "looks"),
     [
-        (b"", "it is empty"),
+        (b"", "an empty file"),
         (b"\x1f\x8b\x08\x00rest", "gzip"),
-        (b"<!DOCTYPE html><html>", "web page"),
+        (b"<!DOCTYPE html><html>", "an HTML page"),
+        (b"\n<html><body>Sign in</body>", "an HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
         (b"\x80\x04\x95rest", "pickle, which is never loaded"),
         (b"PK\x03\x04rest", "PyTorch checkpoint"),
-        (b'{"model": "no"}', "JSON, but not of a tokenizer"),
+        (b'{"model": "no"}', "not a tokenizer: it looks like JSON text"),
         (b"\n\x0e\n\x05<unk>\x15cut", "damaged SentencePiece"),
         (b"any text at all", "it begins with b'any text at all'"),
         (b"IQ== 0\nIg== 1\n!!!! 2\n", "line 3 is not 'base64 rank'"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megaprior.analysis.importance import importance
 from megaprior.analysis.losses import TokenLosses
 from megaprior.data.images import decode_rgb
 from megaprior.data.shards import ShardSet
@@ -46,8 +47,7 @@ def _view(shards: ShardSet, index: int, losses: Mapping[str, TokenLosses], token
     values = {method: part for method in losses if (part := _caption(losses[method], index)) is not None}
     w = None
     if shards.score_kind is not None:
-        score = shards.scores(index).astype(np.float64)
-        w = -np.expm1(score) if shards.score_kind == "logprob" else score
+        w = importance(shards.scores(index), shards.score_kind)
     truth = shards.word_class(index) if shards.has_word_class else None
     shown = []
     for at, text in enumerate(token_texts(tokenizer, tokens[:_LONGEST].tolist())):

@@ -84,13 +84,14 @@ def loss_curves(runs: Mapping[str, Sequence[Run]]) -> str | None:
 
 def heldout_curves(runs: Mapping[str, Sequence[Run]]) -> str | None:
     """Held-out loss by step, of the tokens above and below the threshold on w where the runs measured that."""
-    chart = Chart(x="step", y="held-out loss, nats")
+    chart, drawn = Chart(x="step", y="held-out loss, nats"), False
     for method, seeds in runs.items():
         for number, run in enumerate(seeds):
             split = [line for line in run.evals if "heldout_ntp_above" in line]
             names = {"heldout_ntp_above": "o", "heldout_ntp_below": "s"} if split else {"heldout_ntp": "o"}
             for name, marker in names.items():
                 lines = [line for line in run.evals if name in line]
+                drawn = drawn or bool(lines)
                 words = {"heldout_ntp_above": ", w above ", "heldout_ntp_below": ", w below "}.get(name)
                 label = NAMES[method] + (f"{words}{lines[0]['threshold']:g}" if words and lines else "")
                 chart.axes.plot(
@@ -101,7 +102,7 @@ def heldout_curves(runs: Mapping[str, Sequence[Run]]) -> str | None:
                     label=label if number == 0 else None,
                     **_STYLE[method],
                 )
-    return chart.svg(title="Held-out loss by step") if any(len(line.get_xdata()) for line in chart.axes.lines) else None
+    return chart.svg(title="Held-out loss by step") if drawn else None
 
 
 def by_threshold(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:

@@ -6,7 +6,9 @@ Legend: S captions, N tokens of all S captions together.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ class CaptionScores:
     score: np.ndarray  # float32 [N]
     cu: np.ndarray  # int64 [S+1]
     word_class: np.ndarray | None  # uint8 [N]: 0 boilerplate, 1 image-related, 2 noise
+    spaced: np.ndarray | None  # bool [N]: the token begins with a space; known where the classes are
     captions_in_all: int  # captions of the shard set; S may be a sample of them
 
     @property
@@ -34,9 +37,22 @@ class CaptionScores:
 
     @property
     def importance(self) -> np.ndarray:
-        """float64 [N]: w = 1 - p_ref (alpha = 1), in the form that keeps its precision near p_ref = 1."""
-        score = self.score.astype(np.float64)
-        return -np.expm1(score) if self.kind == "logprob" else score
+        """float64 [N]: w at alpha = 1."""
+        return importance(self.score, self.kind)
+
+
+def importance(score: np.ndarray, kind: str) -> np.ndarray:
+    """float64, w = 1 - p_ref (alpha = 1) of scores of one kind, in the form that keeps its precision near p_ref = 1."""
+    score = score.astype(np.float64)
+    return -np.expm1(score) if kind == "logprob" else score
+
+
+def open_scored(shards: Path | str, scores: str | None) -> ShardSet:
+    """A shard folder with its score stream, or without where it has none of that name."""
+    opened = ShardSet.open(shards)
+    if scores is None or not (opened.folder / f"{opened.shards[0].prefix}.{scores}.json").exists():
+        return opened
+    return ShardSet.open(shards, scores=scores)
 
 
 def read_scores(shards: ShardSet, *, max_captions: int = 200_000) -> CaptionScores:
@@ -49,12 +65,23 @@ def read_scores(shards: ShardSet, *, max_captions: int = 200_000) -> CaptionScor
         raise DataError(f"{shards.folder}: opened without scores; run `megaprior score --shards {shards.folder}` first")
     total = len(shards)
     ids = np.arange(total) if total <= max_captions else np.linspace(0, total - 1, max_captions).astype(np.int64)
-    scores = [np.asarray(shards.scores(int(i)), dtype=np.float32) for i in ids]
-    classes = [np.asarray(shards.word_class(int(i))) for i in ids] if shards.has_word_class else None
-    cu = np.concatenate([[0], np.cumsum([len(s) for s in scores])]).astype(np.int64)
-    flat = np.concatenate(scores) if scores else np.zeros(0, np.float32)
-    truth = np.concatenate(classes).astype(np.uint8) if classes else None
-    return CaptionScores(kind=shards.score_kind, score=flat, cu=cu, word_class=truth, captions_in_all=total)
+
+    def flat(sequence: Callable[[int], np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *(sequence(i) for i in ids.tolist())]).astype(dtype, copy=False)
+
+    truth = spaced = None
+    if shards.has_word_class:
+        tokenizer = shards.tokenizer()
+        begins = np.array([tokenizer.token_bytes(i).startswith(b" ") for i in range(tokenizer.vocab_size)])
+        truth, spaced = flat(shards.word_class, np.uint8), begins[flat(shards.tokens, np.int64)]
+    return CaptionScores(
+        kind=shards.score_kind,
+        score=flat(shards.scores, np.float32),
+        cu=np.concatenate([[0], np.cumsum(shards.token_counts[ids])]).astype(np.int64),
+        word_class=truth,
+        spaced=spaced,
+        captions_in_all=total,
+    )
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float | None:
@@ -126,8 +153,9 @@ def by_position(w: np.ndarray, cu: np.ndarray, *, at_least: int = 20, most: int 
 def importance_summary(scores: CaptionScores) -> dict[str, Any]:
     """Everything the report says about importance, as plain numbers; what is not known is None.
 
-    AUROC ranks by r rather than w: the order is the same, and r never saturates where w rounds to 1. The closing token of a
-    caption (its EOS) belongs to no word and stays out of `related_fraction` and of the AUROCs.
+    AUROC ranks by r rather than w: the order is the same, and r never saturates where w rounds to 1. `related_fraction` is
+    the share of words that are image-related, `related_token_fraction` that of tokens. The closing token of a caption (its
+    EOS) belongs to no word and stays out of both and of the AUROCs.
     """
     w = scores.importance
     truth = scores.word_class
@@ -139,6 +167,7 @@ def importance_summary(scores: CaptionScores) -> dict[str, Any]:
         "auroc_boilerplate": None,
         "auroc_noise": None,
         "related_fraction": None,
+        "related_token_fraction": None,
         "mean": float(w.mean()) if len(w) else None,
         "share_above_half": float((w > 0.5).mean()) if len(w) else None,
         "perplexity": math.exp(-mean_r) if mean_r is not None and mean_r > -700 else None,
@@ -152,16 +181,40 @@ def importance_summary(scores: CaptionScores) -> dict[str, Any]:
     if truth is not None:
         summary["histogram"]["related"] = np.histogram(np.clip(w[truth == RELATED], 0, 1), bins=edges)[0].tolist()
         summary |= _against_truth(-scores.score if logprob else scores.score, w, truth, scores.cu)
+        words = word_relations(scores)
+        summary["related_fraction"] = float(words.mean()) if len(words) else None
     return summary
 
 
+def word_relations(scores: CaptionScores) -> np.ndarray:
+    """bool, one a word of all captions: whether it is image-related, which it is when one of its tokens is.
+
+    A word begins with a caption, and at every token that begins with a space; a comma belongs to the word before it, and the
+    closing token to none.
+    """
+    assert scores.word_class is not None
+    assert scores.spaced is not None
+    begins = scores.spaced.copy()
+    begins[scores.cu[:-1][scores.lengths > 0]] = True
+    inside = _inside(scores.cu)
+    starts = np.flatnonzero(begins[inside])
+    related = scores.word_class[inside] == RELATED
+    return np.logical_or.reduceat(related, starts) if len(starts) else np.zeros(0, dtype=bool)
+
+
+def _inside(cu: np.ndarray) -> np.ndarray:
+    """bool [N]: all tokens but the closing one of each caption."""
+    inside = np.ones(cu[-1], dtype=bool)
+    inside[cu[1:][np.diff(cu) > 0] - 1] = False
+    return inside
+
+
 def _against_truth(order: np.ndarray, w: np.ndarray, truth: np.ndarray, cu: np.ndarray) -> dict[str, Any]:
-    word = np.ones(len(truth), dtype=bool)
-    word[cu[1:][np.diff(cu) > 0] - 1] = False
-    order, w, truth = order[word], w[word], truth[word]
+    inside = _inside(cu)
+    order, w, truth = order[inside], w[inside], truth[inside]
     related, noise = truth == RELATED, truth == NOISE
     against = {"auroc": ~related, "auroc_boilerplate": ~related & ~noise, "auroc_noise": noise}
     areas = {name: auroc(order[related | other], related[related | other]) for name, other in against.items()}
     names = {"related": related, "boilerplate": ~related & ~noise, "noise": noise}
     means = {name: float(w[mask].mean()) if mask.any() else None for name, mask in names.items()}
-    return {**areas, "related_fraction": float(related.mean()) if len(truth) else None, "mean_by_class": means}
+    return {**areas, "related_token_fraction": float(related.mean()) if len(truth) else None, "mean_by_class": means}

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from megaprior.analysis.importance import importance, open_scored
 from megaprior.analysis.losses import TokenLosses, keep, kept
 from megaprior.data.heldout import rows
-from megaprior.data.order import permute
+from megaprior.data.order import derangement, permute
 from megaprior.data.samples import VisionSpec
 from megaprior.data.shards import ShardSet
 from megaprior.errors import DataError, UsageError
@@ -80,14 +81,6 @@ def _checkpoint(folder: Path) -> str | None:
     return folder.parent.name if folder.parent.name.startswith("step_") else None
 
 
-def open_scored(shards: Path | str, scores: str | None) -> ShardSet:
-    """A shard folder with its score stream, or without where it has none of that name."""
-    opened = ShardSet.open(shards)
-    if scores is None or not (opened.folder / f"{opened.shards[0].prefix}.{scores}.json").exists():
-        return opened
-    return ShardSet.open(shards, scores=scores)
-
-
 # ---------------------------------------------------------------- measuring
 
 
@@ -100,13 +93,9 @@ def measure(folder: Path, shards: ShardSet, *, seed: int, captions: int, row_tok
 
     if not len(shards):
         raise DataError(f"{shards.folder}: has no samples to measure on")
-    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     check_vocabulary(model, shards.tokenizer().vocab_size, source=str(folder))
-    roles = getattr(model.config, "vision_roles", None)
-    spec = None
-    if roles and shards.kind == "pairs":
-        ids_of_roles = {f"{role}_id": token for role, token in roles.items()}
-        spec = VisionSpec(patch=model.config.patch, limit=model.config.limit, **ids_of_roles)
+    spec = VisionSpec.of(model.config) if shards.kind == "pairs" else None
     ids = np.sort(permute(np.arange(min(captions, len(shards))), len(shards), 0))
     image = _images(shards, ids)
     nll = _nll(model, shards, ids, spec=spec, image_of=None, row_tokens=row_tokens)
@@ -120,17 +109,13 @@ def measure(folder: Path, shards: ShardSet, *, seed: int, captions: int, row_tok
     def flat(sequence: Any) -> np.ndarray:
         return np.concatenate([np.asarray(sequence(int(i)))[where] for i, where in zip(ids, places, strict=True)])
 
-    w = None
-    if shards.score_kind is not None:
-        score = flat(shards.scores).astype(np.float64)
-        w = -np.expm1(score) if shards.score_kind == "logprob" else score
     return TokenLosses(
         ids=ids,
         cu=np.concatenate([[0], np.cumsum([len(part) for part in nll])]).astype(np.int64),
         image=image,
         nll=np.concatenate(nll),
         nll_shuffled=shuffled,
-        w=w,
+        w=importance(flat(shards.scores), shards.score_kind) if shards.score_kind is not None else None,
         word_class=flat(shards.word_class) if shards.has_word_class else None,
     )
 
@@ -145,14 +130,7 @@ def _nll(
     with progress(len(ids), "held-out loss", "captions") as shown, torch.inference_mode():
         for batch in rows(shards, ids.tolist(), spec=spec, max_tokens=row_tokens, image_of=image_of):
             batch = batch.to(model.device)
-            states = model.states(
-                batch.input_ids,
-                batch.position_ids,
-                batch.cu_seqlens,
-                batch.max_seqlen,
-                patches=batch.patches,
-                patch_index=batch.patch_index,
-            )
+            states = model.states(**batch.inputs)
             values = -model.lm_head(states.hidden[batch.loss_index], batch.targets, mode="logprob")
             parts = values.cpu().split(batch.loss_cu.diff().tolist())
             found |= {i: part.numpy() for i, part in zip(batch.sample_ids.tolist(), parts, strict=True)}
@@ -175,10 +153,7 @@ def shuffled_images(ids: np.ndarray, image: np.ndarray, seed: int) -> np.ndarray
     numbers, first = np.unique(image, return_index=True)
     if len(numbers) < 2:
         return None
-    order = np.random.default_rng(seed).permutation(len(numbers))
-    following = np.empty_like(order)
-    following[order] = np.roll(order, -1)
-    return ids[first[following[np.searchsorted(numbers, image)]]]
+    return ids[first[derangement(len(numbers), seed)[np.searchsorted(numbers, image)]]]
 
 
 def _fitted(part: np.ndarray, length: int) -> np.ndarray:

@@ -79,9 +79,9 @@ def _figures(body: Mapping[str, Any], runs: Mapping[str, Mapping[str, Sequence[R
 
 
 _COMPARED = (
-    ("loss_related", "nats per token on image-related words", tables.number),
-    ("loss_unrelated", "nats per token on all other words", tables.number),
-    ("probe_accuracy", "of true statements told from false ones", tables.percent),
+    ("loss_related", "held-out loss on image-related words, nats per token; lower is better", tables.number),
+    ("loss_unrelated", "held-out loss on all other words; lower is better", tables.number),
+    ("probe_accuracy", "of true statements told from false ones; 50% is chance", tables.percent),
 )
 
 
@@ -98,8 +98,8 @@ def _keys(body: Mapping[str, Any]) -> list[tuple[str, str]]:
             values = {method: tables.mean(rows, field) for method, rows in methods.items()}
             known = {method: shown(value) for method, value in values.items() if value is not None}
             if known:
-                names = " to ".join(figures.NAMES[method] for method in known)
-                keys.append((" \u2192 ".join(known.values()), f"{words}, {names}"))
+                names = " \u2192 ".join(figures.NAMES[method] for method in known)
+                keys.append((" \u2192 ".join(known.values()), f"{names}: {words}"))
     return keys
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from megaprior.analysis import tables
 from megaprior.analysis.captions import caption_views
-from megaprior.analysis.importance import importance_summary, read_scores
+from megaprior.analysis.importance import importance_summary, open_scored, read_scores
 from megaprior.analysis.page import render
 from megaprior.analysis.runs import Run, read_lines, read_run
 from megaprior.data.shards import ShardSet
@@ -98,7 +98,7 @@ def _read(
     captions: int,
 ) -> Sources:
     scored = [ShardSet.open(folder, scores=scores) for folder in shards]
-    held = _open_heldout(heldout, scores) if heldout is not None else None
+    held = open_scored(heldout, scores) if heldout is not None else None
     lines = read_lines(Path(probe)) if probe is not None else []
     build_id = held.build_id if held is not None else None
     for methods in runs.values():
@@ -132,12 +132,6 @@ def _read(
     )
 
 
-def _open_heldout(folder: Path | str, scores: str) -> ShardSet:
-    opened = ShardSet.open(folder)
-    has = (opened.folder / f"{opened.shards[0].prefix}.{scores}.json").exists()
-    return ShardSet.open(folder, scores=scores) if has else opened
-
-
 def _fingerprints(scored: Sequence[ShardSet], held: ShardSet | None, runs: Sequence[Run]) -> dict[str, str]:
     """What was compared with what, by content."""
     found = {}
@@ -163,7 +157,9 @@ def results_body(sources: Sources) -> dict[str, Any]:
     for family, methods in sources.runs.items():
         for method, seeds in methods.items():
             stages |= {f"{family} {method} seed {run.seed}": tables.stage_row(run.summary) for run in seeds}
-    first = next(iter(sources.importance.values()), {"auroc": None, "related_fraction": None})
+    first = next(
+        iter(sources.importance.values()), {"auroc": None, "related_fraction": None, "related_token_fraction": None}
+    )
     return {
         "importance": first,
         "importance_by_shards": sources.importance,

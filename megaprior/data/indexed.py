@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megaprior.data.foreign import appearance, looks_like
 from megaprior.errors import DataError
-from megaprior.files import BLOCK_BYTES, atomic_file, block_digests, disk_full_explained
+from megaprior.files import BLOCK_BYTES, appearance, atomic_file, block_digests, disk_full_explained
 
-__all__ = ["BlockHasher", "IndexedStream", "IndexedWriter", "looks_like", "suffixed", "token_dtype"]
+__all__ = ["BlockHasher", "IndexedStream", "IndexedWriter", "suffixed", "token_dtype"]
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megaprior.data.foreign import appearance
 from megaprior.errors import DataError
-from megaprior.files import digest_bytes, digest_json, read_manifest
+from megaprior.files import appearance, digest_bytes, digest_json, read_manifest
 from megaprior.tokenizer import Tokenizer, compare_fingerprints
 
 BUILD, SHARD, SCORES = "megaprior.build", "megaprior.shard", "megaprior.scores"

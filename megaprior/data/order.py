@@ -52,6 +52,15 @@ def permute(position: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     return value.astype(np.int64).reshape(shape)
 
 
+def derangement(n: int, seed: int) -> np.ndarray:
+    """int64 [n], n >= 2: another place for each of n things, no two the same; one random cycle through them all."""
+    assert n >= 2, n
+    cycle = np.random.default_rng(seed).permutation(n)
+    places = np.empty_like(cycle)
+    places[cycle] = np.roll(cycle, -1)
+    return places
+
+
 def epoch_key(seed: int, source: int, epoch: np.ndarray) -> np.ndarray:
     """The permutation key, uint64 of epoch's shape, of one source's pass over its samples."""
     base = _mix(_mix(np.array([seed & _MASK], dtype=np.uint64)) + np.uint64(source))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,14 @@ class VisionSpec:
     start_id: int
     row_id: int
     end_id: int
+
+    @classmethod
+    def of(cls, config: Any) -> VisionSpec | None:
+        """As a model's configuration has it (`patch`, `limit`, and `vision_roles`: role -> id); None for a text-only model."""
+        roles = getattr(config, "vision_roles", None)
+        if not roles:
+            return None
+        return cls(config.patch, config.limit, *(roles[role] for role in ("patch", "start", "row", "end")))
 
     @property
     def patch_values(self) -> int:
@@ -65,6 +74,9 @@ class Segment:
     patches: np.ndarray | None = None  # uint8 [columns * rows, D]
 
 
+_INPUTS = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen", "patches", "patch_index", "loss_index")
+
+
 @dataclass(frozen=True)
 class Batch:
     """One row = one micro-step. The padding tail (and all of a dummy row) is a last segment of its own, without a loss."""
@@ -83,6 +95,11 @@ class Batch:
     scores: torch.Tensor  # float32 [N], raw scores; NaN where there are none
     denominator: float  # D of the global batch, at least 1
     num_real_tokens: int  # T without the padding tail
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model's `states` reads, by its names."""
+        return {name: getattr(self, name) for name in _INPUTS}
 
     def to(self, device: torch.device | str) -> Batch:
         """The same record on `device`; asynchronous from pinned memory."""

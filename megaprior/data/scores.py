@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megaprior.data import manifest as mf
+from megaprior.data.alignment import score_problems
 from megaprior.data.indexed import IndexedStream, IndexedWriter
 from megaprior.errors import DataError
-from megaprior.files import fsync_folder, write_manifest
+from megaprior.files import BLOCK_BYTES, block_digests, fsync_folder, write_manifest
 
 if TYPE_CHECKING:
     from megaprior.data.shards import Shard, ShardSet
 
 _ROUNDING = 1e-6  # a log-probability may exceed 0 by this much, and is then written as 0
 _FIRST_TOKEN_SLACK = 0.25  # nats: equal contexts score equally but for the rounding of bf16 kernels
+_FIRST_TOKEN_SLACK_FP32 = 0.01  # of a scorer that computed in float32 (TF32 on some devices)
 _FIRST_TOKENS_CHECKED = 4096
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -214,14 +216,41 @@ def refuse_bad_summary(path: Path, record: dict[str, Any]) -> None:
     refuse_bad_scores(f"{path} (minimum, maximum)", np.array(extremes, np.float32), kind)
 
 
+def refuse_changed_scores(shard: Shard, name: str) -> None:
+    """Read an open score stream once: its bytes against the digests of its manifest, its values against the summary there.
+
+    A stream that was shifted or edited in place has the right size and lengths, so nothing but its content can tell.
+
+    Raises:
+        DataError: names the file, the block and the samples in it; or the number of the summary that differs.
+    """
+    record, stream = mf.read(shard.folder / f"{shard.prefix}.{name}.json", format=mf.SCORES), shard.streams[name]
+    digests = zip(block_digests(stream.bin), record["stream"]["bin"]["blocks"], strict=True)
+    for block, (now, then) in enumerate(digests):
+        if now != then:
+            edges = np.array([block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, stream.flat().nbytes) - 1])
+            first, last = (np.searchsorted(stream.pointers, edges, side="right") - 1).tolist()
+            raise DataError(
+                f"{stream.bin}: block {block}, with the scores of samples {first:,} (key {shard.key(first)}) to {last:,}, is "
+                f"not what was written: digest {now[:12]}, its manifest says {then[:12]}; score these shards again"
+            )
+    if block_digests(stream.idx) != record["stream"]["idx"]["blocks"]:
+        raise DataError(f"{stream.idx}: is not what was written, though of the same size; score these shards again")
+    for problem in score_problems(record, shard.manifest, stream, shard.streams["tokens"]):
+        raise DataError(f"{shard.name} {name!r}: {problem}; score these shards again")
+
+
 def check_first_tokens(shards: ShardSet, name: str) -> None:
     """First tokens share one context, BOS, so equal ids must have equal scores: streams shifted by one token do not.
 
     Looks at up to 4,096 evenly spaced captions.
 
     Raises:
-        DataError: two equal first tokens differ by more than 0.25 nat, or a score is none, naming shard and sample.
+        DataError: two equal first tokens differ by more than 0.25 nat (0.01 of a float32 scorer), or a score is none, naming
+            shard and sample.
     """
+    exact = shards.scorer is not None and shards.scorer.get("dtype") == "float32"
+    slack = _FIRST_TOKEN_SLACK_FP32 if exact else _FIRST_TOKEN_SLACK
     seen: dict[int, tuple[float, float, int]] = {}
     for index in np.unique(np.linspace(0, len(shards) - 1, min(len(shards), _FIRST_TOKENS_CHECKED)).astype(np.int64)):
         scores, token = shards.scores(int(index)), int(shards.tokens(int(index))[0])
@@ -229,7 +258,7 @@ def check_first_tokens(shards: ShardSet, name: str) -> None:
         score = float(scores[0])
         low, high, where = seen.get(token, (score, score, int(index)))
         low, high = min(low, score), max(high, score)
-        if low != high and not high - low <= _FIRST_TOKEN_SLACK:
+        if low != high and not high - low <= slack:
             raise DataError(
                 f"{shards.describe(int(index))}: first token {token} scores {score:.4f} in {name!r}, but others of that id "
                 f"score from {low:.4f} to {high:.4f}, as in {shards.describe(where)}; after BOS they must agree: "

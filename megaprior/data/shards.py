@@ -23,7 +23,7 @@ import numpy as np
 
 from megaprior.data import manifest as mf
 from megaprior.data.indexed import IndexedStream
-from megaprior.data.scores import ScoreWriter, check_first_tokens, open_scores
+from megaprior.data.scores import ScoreWriter, check_first_tokens, open_scores, refuse_changed_scores
 from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.verify import verify
 from megaprior.errors import DataError
@@ -90,7 +90,7 @@ class Shard:
 class ShardSet:
     """The samples of a shard folder, indexed 0 .. N-1 in the order of build.json.
 
-    Opening reads the manifests and the lengths; sequences are mapped when they are asked for.
+    Opening reads the manifests, the lengths and, where they are asked for, the scores; other sequences are mapped on demand.
 
     Attributes:
         folder, build (build.json), kind ("pairs" or "text"), build_id, fingerprint (of the tokenizer), shards.
@@ -161,6 +161,9 @@ class ShardSet:
         self.score_kind, self.scorer = first["kind"], first["scorer"]
         if first["kind"] == "logprob" and first["first_token"] == "bos":
             check_first_tokens(self, name)
+        for shard in self.shards:
+            refuse_changed_scores(shard, name)
+            shard.close()
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -32,13 +32,5 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """One row: (loss, nll), as the objective returns them. The batch lies on the model's device."""
-        states = self.model.states(
-            batch.input_ids,
-            batch.position_ids,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            patches=batch.patches,
-            patch_index=batch.patch_index,
-            loss_index=batch.loss_index,
-        )
+        states = self.model.states(**batch.inputs)
         return self.objective(self.model, states, batch)

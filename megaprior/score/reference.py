@@ -32,7 +32,7 @@ from megaprior.score.ledger import Ledger, Unit
 from megaprior.score.processes import run_processes
 from megaprior.score.worker import Job, hardware_record, plan, work_through
 from megaprior.telemetry import progress, say
-from megaprior.tokenizer import load_tokenizer
+from megaprior.tokenizer import load_model_tokenizer
 from megaprior.train.checkpoint import resolve_model
 
 _POLL_S = 0.2
@@ -126,8 +126,7 @@ def _check_options(name: str, processes: int, row_tokens: int, unit_tokens: int,
 
 def _check_tokenizer(shards: ShardSet, folder: Path) -> None:
     """Refuse a reference that reads other ids than the shards hold, before its weights are touched."""
-    own = folder / "tokenizer"
-    entry = mf.tokenizer_entry(load_tokenizer(own if own.is_dir() else folder))
+    entry = mf.tokenizer_entry(load_model_tokenizer(folder))
     mf.refuse_other_tokenizer(str(shards.folder), shards.build["tokenizer"], entry, f"the reference {folder}")
 
 

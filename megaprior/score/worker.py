@@ -82,7 +82,7 @@ class Reference:
         from megaprior.models.load import load_model
 
         self.device = _device(local_rank)
-        self.model = load_model(job.model, dtype=job.dtype).to(self.device)
+        self.model = load_model(job.model, dtype=job.dtype, device=self.device)
         check_vocabulary(self.model, tokenizer.vocab_size, source=job.model)
         self.bos_id, self.row_tokens = tokenizer.bos_id, job.row_tokens
 

@@ -8,7 +8,14 @@ The libraries behind the formats are imported when a file of that format is load
 """
 
 from megaprior.tokenizer.base import VISION_ROLES, Tokenizer, compare_fingerprints
-from megaprior.tokenizer.loading import load_tokenizer
+from megaprior.tokenizer.loading import load_model_tokenizer, load_tokenizer
 from megaprior.tokenizer.training import train_sentencepiece
 
-__all__ = ["VISION_ROLES", "Tokenizer", "compare_fingerprints", "load_tokenizer", "train_sentencepiece"]
+__all__ = [
+    "VISION_ROLES",
+    "Tokenizer",
+    "compare_fingerprints",
+    "load_model_tokenizer",
+    "load_tokenizer",
+    "train_sentencepiece",
+]

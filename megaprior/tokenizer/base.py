@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprior.errors import DataError
-from megaprior.files import atomic_write
+from megaprior.files import atomic_write, looks_like
 
 VISION_ROLES = {"patch": "<vpatch>", "start": "<vision>", "row": "<vrow_sep>", "end": "</vision>"}
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
@@ -143,19 +143,11 @@ def named_roles(controls: Mapping[str, int]) -> dict[str, int] | None:
 
 def not_a_tokenizer(path: Path) -> DataError:
     """The refusal of a file, saying what it looks like instead."""
-    head = path.read_bytes()[:512] if path.is_file() else b""
-    looks = {
-        b"\x1f\x8b": "it looks like a gzip file; unpack it",
-        b"PK\x03\x04": "it looks like a zip archive or a PyTorch checkpoint",
-        b"\x80": "it looks like a pickle, which is never loaded",
-        b"version https://git-lfs": "it looks like a Git LFS pointer; run `git lfs pull`",
-        b"<": "it looks like a web page; download the file again",
-        b"{": "it looks like JSON, but not of a tokenizer",
-        b"\n": "it looks like a cut or damaged SentencePiece model",
-    }
-    begins = head.removeprefix(b"\xef\xbb\xbf")
-    guess = next((what for magic, what in looks.items() if begins.startswith(magic)), f"it begins with {head[:16]!r}")
-    return DataError(f"{path}: not a tokenizer: {guess if head else 'it is empty'}")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    words = looks_like(head) or ("a damaged SentencePiece model" if head.startswith(b"\n") else None)
+    guess = f"it looks like {words}" if words else f"it begins with {head[:16]!r}"
+    return DataError(f"{path}: not a tokenizer: {guess}; copy or download it again")
 
 
 def _unfolded(text: str) -> list[int]:

@@ -41,6 +41,16 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     raise not_a_tokenizer(path)
 
 
+def load_model_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer that a model's folder carries: in `tokenizer/`, as we save it, or beside the weights.
+
+    Raises:
+        DataError: as `load_tokenizer`.
+    """
+    own = Path(folder) / "tokenizer"
+    return load_tokenizer(own if own.is_dir() else folder)
+
+
 def _file_in(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model", "encoder.json", "vocab.json"):
         if (folder / name).exists():

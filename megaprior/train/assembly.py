@@ -18,7 +18,7 @@ from megaprior.models.ulvlm import ULVLM, ULVLMConfig, build_ulvlm
 from megaprior.objectives.base import Step
 from megaprior.objectives.weighted_ntp import WeightedNTP
 from megaprior.telemetry import say
-from megaprior.tokenizer import Tokenizer, load_tokenizer
+from megaprior.tokenizer import Tokenizer, load_model_tokenizer, load_tokenizer
 from megaprior.train.checkpoint import resolve_model
 from megaprior.train.engine import LocalEngine
 from megaprior.train.settings import RunConfig
@@ -50,8 +50,7 @@ def open_tokenizer(cfg: RunConfig) -> Tokenizer:
     tokenizer, whose = load_tokenizer(first), f"the shards {cfg.data.train[0].path}"
     if cfg.model.init is not None:
         try:
-            home = Path(cfg.model.init)
-            tokenizer = load_tokenizer(home / "tokenizer" if (home / "tokenizer").is_dir() else home)
+            tokenizer = load_model_tokenizer(cfg.model.init)
             whose = f"the model {cfg.model.init}"
         except DataError:
             say(f"warning: {cfg.model.init} carries no tokenizer; whether it is that of the shards cannot be checked")
@@ -79,11 +78,7 @@ def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> TextLM:
 
 def vision_spec(model: TextLM) -> VisionSpec | None:
     """How the model sees images; None for a text LM."""
-    if not isinstance(model, ULVLM):
-        return None
-    config = model.config
-    roles = config.vision_roles or {}
-    return VisionSpec(config.patch, config.limit, *(roles[name] for name in ("patch", "start", "row", "end")))
+    return VisionSpec.of(model.config)
 
 
 def open_loader(

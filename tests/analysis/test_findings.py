@@ -5,7 +5,15 @@ from megaprior.analysis.findings import caveats, findings
 
 def body(ntp: dict, prior: dict, *, seeds: int = 1) -> dict:
     return {
-        "importance_by_shards": {"pairs": {"mean": 0.5, "perplexity": 2.0, "auroc": 0.85, "related_fraction": 0.31}},
+        "importance_by_shards": {
+            "pairs": {
+                "mean": 0.5,
+                "perplexity": 2.0,
+                "auroc": 0.85,
+                "related_fraction": 0.31,
+                "related_token_fraction": 0.27,
+            }
+        },
         "models": {"ulvlm": {"ntp": [ntp] * seeds, "prior": [prior] * seeds}},
         "reference_probe": {"accuracy": 0.5},
     }
@@ -20,10 +28,27 @@ def test_directions_follow_the_numbers() -> None:
     assert "PRIOR and NTP lose the same, 1.00 nats" in same
 
 
-def test_the_trade_is_named_only_when_it_is_seen() -> None:
-    ntp = {"loss": 1.0, "loss_related": 1.0, "loss_unrelated": 0.5}
-    assert "PRIOR's trade" in " ".join(findings(body(ntp, {**ntp, "loss_related": 0.9, "loss_unrelated": 0.8})))
-    assert "trade" not in " ".join(findings(body(ntp, {**ntp, "loss_related": 1.1, "loss_unrelated": 0.8})))
+def test_both_sides_of_importance_are_told_and_why_easy_words_are_lost() -> None:
+    def row(related: float, other: float, above: float, below: float) -> dict:
+        half = {"threshold": 0.5, "share_above": 0.42, "above": above, "below": below}
+        return {"loss": 1.0, "loss_related": related, "loss_unrelated": other, "thresholds": [half]}
+
+    ntp = row(1.0, 0.5, 1.25, 0.25)
+    text = " ".join(findings(body(ntp, row(1.1, 0.8, 1.0, 3.0))))
+    assert "on image-related words PRIOR's loss is higher than NTP's, 1.10 against 1.00 nats (+0.10)" in text
+    assert (
+        "on the 42% of tokens that the reference found hard (w above 0.5) PRIOR's loss is lower than NTP's, 1.00"
+        in text
+    )
+    assert "on the 58% that it found easy PRIOR's loss is higher than NTP's, 3.00 against 0.25 nats (+2.75)" in text
+    assert "nothing teaches the model to predict it" in text
+    assert "Some image-related words are easy too" in text
+    assert "Some image-related" not in " ".join(findings(body(ntp, row(0.9, 0.8, 1.0, 3.0))))
+    assert "Why PRIOR is worse" not in " ".join(findings(body(ntp, row(0.9, 0.5, 1.0, 0.2))))
+
+
+def test_words_and_tokens_are_told_apart() -> None:
+    assert any("31.0% of the words relate to the image (27.0% of the tokens)" in s for s in findings(body({}, {})))
 
 
 def test_an_interval_that_holds_zero_is_said_to() -> None:
@@ -41,6 +66,18 @@ def test_the_probe_is_told_with_chance_and_the_blind_reference() -> None:
         "chance is 50%: NTP 78.0% (51.0% with shuffled images); the text-only reference, which cannot see, 50.0%."
         in text
     )
+
+
+def test_the_probe_says_who_is_ahead_and_whether_by_more_than_the_items_explain() -> None:
+    def told(ntp: tuple, prior: tuple) -> str:
+        rows = [{"probe_accuracy": mid, "probe_interval": [low, high]} for low, mid, high in (ntp, prior)]
+        return next(s for s in findings(body(*rows)) if "statements" in s)
+
+    close = told((0.90, 0.92, 0.94), (0.86, 0.89, 0.91))
+    assert "NTP is ahead; the 95% intervals overlap." in close
+    far = told((0.4, 0.5, 0.6), (0.7, 0.8, 0.9))
+    assert "PRIOR is ahead; the 95% intervals do not overlap." in far
+    assert "Neither is ahead." in told((0.4, 0.5, 0.6), (0.4, 0.5, 0.6))
 
 
 def test_one_seed_is_said_to_be_one() -> None:

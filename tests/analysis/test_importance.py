@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from megaprior.analysis.importance import (
     importance_summary,
     pearson,
     read_scores,
+    word_relations,
 )
 from megaprior.data.shards import ShardSet
 from megaprior.errors import DataError
@@ -23,7 +25,8 @@ from megaprior.errors import DataError
 def scores_of(*captions: list[float], kind: str = "logprob", truth: list[list[int]] | None = None) -> CaptionScores:
     cu = np.cumsum([0, *map(len, captions)])
     classes = np.concatenate(truth).astype(np.uint8) if truth is not None else None
-    return CaptionScores(kind, np.concatenate(captions).astype(np.float32), cu, classes, len(captions))
+    spaced = np.ones(cu[-1], dtype=bool) if truth is not None else None
+    return CaptionScores(kind, np.concatenate(captions).astype(np.float32), cu, classes, spaced, len(captions))
 
 
 def test_auroc_counts_pairs_and_halves_ties() -> None:
@@ -75,7 +78,7 @@ def test_fig_8_bins_hold_every_caption_once_and_r_is_pearsons() -> None:
 def test_the_truth_leaves_the_closing_token_out() -> None:
     """Tokens but the last of each caption: classes 1 0 | 0 2; w of the related one lies above one other and below one."""
     summary = importance_summary(scores_of([-1.0, -0.5, -9.0], [-0.1, -2.0, -9.0], truth=[[1, 0, 0], [0, 2, 0]]))
-    assert summary["related_fraction"] == 0.25
+    assert (summary["related_fraction"], summary["related_token_fraction"]) == (0.25, 0.25)  # each token is a word here
     assert summary["auroc"] == pytest.approx(2 / 3)
     assert (summary["auroc_boilerplate"], summary["auroc_noise"]) == (1.0, 0.0)
     assert summary["mean_by_class"]["related"] == pytest.approx(1 - np.exp(-1), rel=1e-6)
@@ -84,10 +87,28 @@ def test_the_truth_leaves_the_closing_token_out() -> None:
     assert sum(summary["histogram"]["related"]) == 1
 
 
+def test_a_word_is_image_related_when_one_of_its_tokens_is() -> None:
+    """Tokens, | before those that begin with a space, * after image-related ones, . the closing token:
+
+    | A | cir cle* , | on | it .      words  A  circle,  on  it            1 of 4
+    red* dish | and | big* .          words  reddish  and  big             2 of 3; the caption begins a word without a space
+    .                                 words  none
+    | 2 5 .                           words  25                            0 of 1
+    """
+    classes = [[0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 1, 0], [1], [2, 2, 1]]
+    spaced = [[1, 1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0], [1, 0, 0]]
+    scores = scores_of(*[[-1.0] * len(caption) for caption in classes], truth=classes)
+    scores = replace(scores, spaced=np.concatenate(spaced).astype(bool))
+    assert word_relations(scores).tolist() == [False, True, False, False, True, False, True, False]
+    summary = importance_summary(scores)
+    assert summary["related_fraction"] == 3 / 8
+    assert summary["related_token_fraction"] == 3 / 12
+
+
 def test_without_truth_nothing_is_claimed() -> None:
     summary = importance_summary(scores_of([-1.0, -0.5]))
     assert summary["auroc"] is None
-    assert summary["related_fraction"] is None
+    assert (summary["related_fraction"], summary["related_token_fraction"]) == (None, None)
     assert summary["mean"] == pytest.approx(1 - (np.exp(-1) + np.exp(-0.5)) / 2, rel=1e-6)
 
 
@@ -102,5 +123,10 @@ def test_scores_are_read_whole_or_evenly(tmp_path: Path, write_pairs: Callable[.
     part = read_scores(shards, max_captions=2)
     assert part.lengths.tolist() == shards.token_counts[[0, 3]].tolist()
     assert part.captions_in_all == 4
+    pieces = [shards.tokenizer().token_bytes(token) for i in (0, 3) for token in shards.tokens(i).tolist()]
+    assert part.spaced is not None
+    assert part.spaced.tolist() == [piece[:1] == b" " for piece in pieces]
+    assert any(part.spaced)
+    assert not all(part.spaced)
     with pytest.raises(DataError, match="megaprior score --shards"):
         read_scores(ShardSet.open(folder))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from megaprior.data.order import Schedule, epoch_key, permute
+from megaprior.data.order import Schedule, derangement, epoch_key, permute
 from megaprior.errors import DataError, UsageError
 
 KEYS = st.integers(0, 2**64 - 1)
@@ -29,6 +29,25 @@ def test_huge_domains_need_no_memory(exponent: int, short: int, key: int) -> Non
     assert image.min() >= 0
     assert image.max() < n
     assert len(np.unique(image)) == len(position)
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 257])
+def test_a_derangement_is_one_cycle_through_all(n: int) -> None:
+    orders = set()
+    for seed in range(5):
+        places = derangement(n, seed)
+        assert places.tolist() == derangement(n, seed).tolist()
+        at, seen = 0, set()
+        while at not in seen:
+            seen.add(at)
+            at = int(places[at])
+        assert (at, len(seen)) == (0, n)  # so no place is its own
+        orders.add(tuple(places.tolist()))
+    assert len(orders) > 1 or n == 2
+
+
+def test_a_derangement_never_changes_between_versions() -> None:
+    assert derangement(6, 0).tolist() == [1, 3, 5, 2, 0, 4]
 
 
 def test_one_key_a_position_equals_one_at_a_time() -> None:

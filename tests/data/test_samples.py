@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from megaprior.data.samples import Batch, Segment, VisionSpec, assemble, segment_length, vision_tokens
+from megaprior.models.lm import TextLM
 
 BOS, EOS = 1, 2
 PATCH, START, ROW, END = 90, 91, 92, 93
@@ -43,6 +46,19 @@ def text(**changes: object) -> Segment:
 
 def row(*segments: Segment, pad_to: int = 8, max_tokens: int = 64, spec: VisionSpec | None = SPEC) -> Batch:
     return assemble(segments, bos_id=BOS, spec=spec, denominator=31, max_tokens=max_tokens, pad_to=pad_to)
+
+
+def test_a_spec_is_read_from_a_models_configuration() -> None:
+    roles = {"end": END, "patch": PATCH, "row": ROW, "start": START}  # in any order
+    assert VisionSpec.of(SimpleNamespace(patch=2, limit=8, vision_roles=roles)) == SPEC
+    assert VisionSpec.of(SimpleNamespace(hidden_size=8)) is None  # a text LM
+
+
+def test_a_models_inputs_are_those_that_its_states_takes() -> None:
+    taken = inspect.signature(TextLM.states).parameters.keys() - {"self"}
+    batch = row(pair())
+    assert batch.inputs.keys() == taken
+    assert all(batch.inputs[name] is getattr(batch, name) for name in taken)
 
 
 def test_a_pair_a_text_and_the_padding_tail() -> None:

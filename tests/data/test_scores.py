@@ -201,6 +201,68 @@ def test_scores_shifted_by_one_are_refused_though_lengths_agree(folder: Path, sh
         ShardSet.open(folder, scores=NAME)
 
 
+def test_scores_edited_in_place_are_refused_though_first_tokens_tell_nothing(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    # No two captions begin alike, and a reference that has learnt nothing gives all tokens nearly the same.
+    folder = build(tmp_path / "text", tokenizer, [[first, 5, 6, 2] for first in range(10, 20)], shards=2)
+    for prefix in ("00000", "00001"):
+        write(Shard.open(folder, prefix), [np.full(4, -5.6) - np.arange(4) / 100] * 5)
+    ShardSet.open(folder, scores=NAME)
+    path = folder / f"00001.{NAME}.bin"
+    path.write_bytes(np.roll(np.fromfile(path, np.float32), 1).tobytes())
+    with pytest.raises(
+        DataError, match=rf"00001\.{NAME}\.bin: block 0, .* samples 0 \(key 005\) to 4, is not what was written"
+    ):
+        ShardSet.open(folder, scores=NAME)
+
+
+def test_an_index_that_points_one_score_further_is_refused(folder: Path) -> None:
+    path, count = folder / f"00000.{NAME}.idx", 30
+    index = bytearray(path.read_bytes())
+    pointers = np.frombuffer(index, "<i8", count, offset=34 + 4 * count)
+    pointers[: count - 1] += 4
+    path.write_bytes(index)
+    with pytest.raises(DataError):
+        ShardSet.open(folder, scores=NAME)
+    for shard in (Shard.open(folder, prefix) for prefix in ("00000", "00001")):
+        forge(shard, [np.full(len(values), -3.0) for values in scores_of(shard)])
+    ShardSet.open(folder, scores=NAME)
+    index = bytearray(path.read_bytes())
+    pointers = np.frombuffer(index, "<i8", count, offset=34 + 4 * count)
+    pointers[: count - 1] += 4  # now all scores are alike: only the digest can tell
+    path.write_bytes(index)
+    with pytest.raises(DataError, match=rf"00000\.{NAME}\.idx: is not what was written"):
+        ShardSet.open(folder, scores=NAME)
+
+
+def test_a_float32_scorer_is_held_to_its_own_rounding(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Shifted scores of a reference that has learnt little differ by less than the rounding of bf16 kernels may be."""
+    folder = build(tmp_path / "text", tokenizer, [[5, n, 2] for n in range(10, 14)], shards=1)
+    shard = Shard.open(folder, "00000")
+    for dtype, refused in (("bfloat16", False), ("float32", True)):
+        with ScoreWriter(
+            shard, NAME, kind="logprob", scorer={"fingerprint": "f", "dtype": dtype}, replace=True
+        ) as writer:
+            for i in range(4):  # as rolled within each caption: what follows stands first
+                writer.add([-5.6 - i / 50, -5.6, -5.6])
+            writer.finish()
+        if refused:
+            with pytest.raises(DataError, match=r"sample 1 .* the stream is shifted"):
+                ShardSet.open(folder, scores=NAME)
+        else:
+            ShardSet.open(folder, scores=NAME)
+
+
+@pytest.mark.parametrize(("field", "value"), [("min", -1e3), ("max", -1e-3), ("count", 7)])
+def test_the_summary_is_compared_with_the_scores_when_they_are_opened(folder: Path, field: str, value: float) -> None:
+    path = folder / f"00001.{NAME}.json"
+    record = json.loads(path.read_text())
+    write_manifest(path, record | {field: value})
+    with pytest.raises(DataError, match=rf"text/00001 '{NAME}': {field} is {record[field]}, the manifest says {value}"):
+        ShardSet.open(folder, scores=NAME)
+
+
 def test_scores_short_by_one_are_refused_naming_the_sample(folder: Path) -> None:
     shard = Shard.open(folder, "00001")
     scores = scores_of(shard)

@@ -103,9 +103,9 @@ def test_a_dry_run_writes_nothing(text: Path, tmp_path: Path, tokenizer_folder: 
 # ---------------------------------------------------------------- killed
 
 
-def start(inputs: list[Path], output: Path, tokenizer: Path) -> subprocess.Popen[bytes]:
+def start(inputs: list[Path], output: Path, tokenizer: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "megaprior.data_tools.cli", "build", "--input", *inputs]
-    return subprocess.Popen([*command, "--output", output, "--tokenizer", tokenizer], stderr=subprocess.PIPE)
+    return subprocess.Popen([*command, "--output", output, "--tokenizer", tokenizer, *more], stderr=subprocess.PIPE)
 
 
 def signal_when(process: subprocess.Popen[bytes], reached: Callable[[], bool], number: signal.Signals) -> None:
@@ -138,7 +138,7 @@ def test_killed_anywhere_then_repeated_gives_the_same_bytes(shared: Callable[[st
             ShardSet.open(output)
         assert "build is not complete" in verify(output)[0]
     first_shard = (output / "00000.json").stat()
-    process = start(inputs, output, tokenizer)
+    process = start(inputs, output, tokenizer, "--resume")
     assert b"resuming build" in process.communicate()[1]
     assert process.returncode == 0
     # a finished shard is kept, not written again

@@ -118,6 +118,30 @@ def test_a_long_caption_is_cut_and_loses_its_eos(
     assert shards.build["counts"]["truncated"] == 1
 
 
+def test_awkward_captions_are_text_or_told(
+    built: Callable[..., ShardSet], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """With the default limit: empty and blank ones are quarantined, 100,000 tokens cut, control tokens spelled out."""
+    spelled = ["<image>", "<|eot_id|>", "</s> <s>", "<vision> </vision> <vrow_sep>", "<eos>", "a <unk> b"]
+    endless = "one dog " * 100_000
+    captions = ["", "   \t", *spelled, endless]
+    path = write_lines(tmp_path / "a.jsonl", *(json.dumps({"caption": caption}) for caption in captions))
+    shards = built(path, text=True)
+    assert [entry["reason"] for entry in quarantine(shards)] == ["caption is empty", "caption is blank"]
+    assert [entry["sample"] for entry in quarantine(shards)] == ["line 1", "line 2"]
+    control = {tokenizer.bos_id, tokenizer.eos_id, *tokenizer.reserved_roles().values()}
+    for index, text in enumerate(spelled):
+        *words, last = shards.tokens(index).tolist()
+        assert last == tokenizer.eos_id
+        assert not control & set(words), text
+        assert tokenizer.decode(words) == text
+    whole = tokenizer.encode(endless.strip())
+    assert len(whole) > 100_000
+    assert shards.tokens(len(spelled)).tolist() == whole[:2048]
+    counts = shards.build["counts"]
+    assert (counts["samples"], counts["quarantined"], counts["truncated"]) == (len(spelled) + 1, 2, 1)
+
+
 def test_the_limit_counts_the_eos(built: Callable[..., ShardSet], tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = "A photo of one red square"
     k = len(tokenizer.encode(text)) + 1

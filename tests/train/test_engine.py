@@ -49,6 +49,46 @@ def test_one_packed_row_equals_many_small_ones(world: Path, weighting: dict) -> 
     assert packed.sums() == pytest.approx(unpacked.sums(), rel=2e-6)
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=["ntp", "prior", "alpha2"])
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_one_row_of_eight_samples_equals_the_rows_of_several_ranks(world: Path, weighting: dict, ranks: int) -> None:
+    # With as many ranks as samples, every row holds one: 1x8 against 8x1.
+    data = {"max_tokens": 512, "text": []}
+    one, (batch,) = engine_after(world, data=data, weighting=weighting)
+    assert [len(row.sample_ids) for row in batch.micro] == [8]
+    values = settings(world, Path("unused"), weighting=weighting)
+    cfg = config({**values, "data": {**values["data"], **data}})
+    tokenizer = assembly.open_tokenizer(cfg)
+    model = assembly.build_model(cfg, tokenizer)
+    many = assembly.local_engine(cfg, model, groups=1)
+    seen = []
+    for rank in range(ranks):
+        loader = assembly.open_loader(cfg, tokenizer, assembly.vision_spec(model), rank=rank, world=ranks)
+        part = loader.batch(0)
+        assert part.denominator == batch.denominator
+        for row in part.micro:
+            many.accumulate(row, row_sources(loader.corpus, row), last=row is part.micro[-1])
+            seen.append(row.sample_ids.tolist())
+        loader.close()
+    assert [len(ids) for ids in seen] == [8 // ranks] * ranks
+    assert sorted(number for ids in seen for number in ids) == sorted(batch.sample_ids.tolist())
+    first, second = dict(one.gradients()), dict(many.gradients())
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=2e-6)
+    assert one.sums() == pytest.approx(many.sums(), rel=2e-6)
+
+
+def test_prior_with_alpha_0_is_ntp_bit_for_bit(world: Path) -> None:
+    ntp, _ = engine_after(world, weighting={"kind": "ntp"})
+    flat, _ = engine_after(world, weighting={"kind": "prior", "alpha": 0.0})
+    weighted, _ = engine_after(world, weighting={"kind": "prior", "alpha": 1.0})
+    first, second, third = (dict(engine.gradients()) for engine in (ntp, flat, weighted))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert ntp.sums() == flat.sums() != weighted.sums()
+    assert not all(torch.equal(first[name], third[name]) for name in first)
+
+
 def test_sums_are_loss_nll_by_source_and_squared_norm(world: Path) -> None:
     engine, (batch,) = engine_after(world)
     norm = sum(float(g.double().square().sum()) for _, g in engine.gradients())

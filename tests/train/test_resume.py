@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import count
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from train_children import config, settings, train
 
@@ -135,6 +138,55 @@ def test_a_signal_stops_at_the_next_step_boundary(
     assert weights(out) == weights(straight)
 
 
+MOMENTS = {  # what it interrupts, and the step whose checkpoint it leaves
+    "start": ({"files": 1, "below": "config.yaml"}, 1),
+    "opening the shards": ({"files": 1, "below": "pairs/00000.json"}, 1),
+    "evaluation": ({"heldout_rows": 1}, 4),  # after step 3
+    "save": ({"files": 3, "below": "step_00000002"}, 3),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("name", "times"), [("SIGTERM", 1), ("SIGUSR1", 2)], ids=["SIGTERM", "SIGUSR1 twice"])
+def test_a_signal_outside_a_step_stops_after_the_next(
+    world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path, moment: str, name: str, times: int
+) -> None:
+    out = tmp_path / "run"
+    fault, step = MOMENTS[moment]
+    assert finish(spawn(run_settings(world, out), {**fault, "signal": name, "times": times})) == 75
+    assert (out / "latest").read_text() == f"step_{step:08d}\n"
+    assert [fact["step"] for fact in facts(out) if fact["kind"] == "train"] == list(range(1, step + 1))
+    assert train(config(run_settings(world, out))) == 0
+    assert facts(out) == facts(straight)
+    assert weights(out) == weights(straight)
+
+
+def test_the_command_itself_leaves_with_75(world: Path, tmp_path: Path) -> None:
+    """A scheduler's signal to `megaprior train` while it still imports: a checkpoint all the same, and one line."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_settings(world, tmp_path / "run", steps=2000)))
+    command = [sys.executable, "-m", "megaprior.cli", "train", str(tmp_path / "run.yaml"), "eval_every=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not catches(process.pid, signal.SIGTERM):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert said.splitlines()[-1] == (
+        "megaprior: error: SIGTERM: stopped after step 1 with a checkpoint; repeat the command to go on"
+    )
+    assert (tmp_path / "run" / "latest").read_text() == "step_00000001\n"
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.3, 0.6, 1.0])
 def test_signals_at_odd_moments_twice_and_mixed(
     world: Path, spawn: Callable[..., Any], tmp_path: Path, delay: float
@@ -181,6 +233,19 @@ def copy_at(straight: Path, out: Path, step: int) -> None:
     for folder in (out / "checkpoints").iterdir():
         if folder.name > f"step_{step:08d}":
             shutil.rmtree(folder)
+
+
+def test_resumed_at_any_step_equals_the_straight_run(world: Path, straight: Path, tmp_path: Path) -> None:
+    every = tmp_path / "every"
+    train(config(run_settings(world, every, save_every=1)))
+    assert facts(every) == facts(straight)  # saving is not part of the trajectory
+    for step in range(1, STEPS):
+        out = tmp_path / f"from {step}"
+        copy_at(every, out, step)
+        assert train(config(run_settings(world, out, save_every=1))) == 0
+        assert json.loads((out / "summary.json").read_text())["restarts"] == 1
+        assert facts(out) == facts(straight)
+        assert weights(out) == weights(straight)
 
 
 def test_a_changed_configuration_is_refused_by_name(world: Path, straight: Path, tmp_path: Path) -> None:

@@ -143,8 +143,9 @@ def measure_golden(world: Path, out: Path, name: str) -> dict[str, Any]:
 def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
     """Train in this process and leave with the exit code; `fault` says what happens to it, for real.
 
-    {"rows": n}  SIGKILL when the n-th row's forward begins; with "signal": name, that one; with "poison": the row is NaN;
+    {"rows": n}  SIGKILL when the n-th row's forward begins; with "poison": the row is NaN; {"heldout_rows": n} in evaluation;
     {"files": n, "below": text}  SIGKILL at the n-th opening, renaming or removal of a file whose path holds `text`;
+    {"signal": name}  that one in place of SIGKILL; {"times": n} so often;
     {"largest": n}  no file may grow beyond n bytes: what a full disk looks like to the writer;
     {"gradients": path}  rank 0 writes the first step's gradients there;
     {"environment": {...}}  the launcher's variables; {"only_rank": r}  the fault is that rank's alone.
@@ -153,12 +154,15 @@ def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     sys.stderr = open(f"{values['out']}.rank{rank}.err", "a", buffering=1)  # noqa: SIM115 (the process ends with it)
     if fault.get("only_rank", rank) == rank:
+        what = [getattr(signal, fault.get("signal", "SIGKILL"))] * fault.get("times", 1)
         if "rows" in fault:
-            _at_row(fault["rows"], getattr(signal, fault.get("signal", "SIGKILL")), poison=fault.get("poison", False))
+            _at_row(fault["rows"], what, poison=fault.get("poison", False))
+        if "heldout_rows" in fault:
+            _at_row(fault["heldout_rows"], what, training=False)
         if "largest" in fault:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest"], fault["largest"]))
         if "files" in fault:
-            _at_file(fault["files"], fault["below"])
+            _at_file(fault["files"], fault["below"], what)
     if "gradients" in fault:
         _keep_gradients(Path(fault["gradients"]), first=rank == 0)
     try:
@@ -173,28 +177,30 @@ def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
     os._exit(code)
 
 
-def _at_row(number: int, what: signal.Signals, *, poison: bool) -> None:
+def _at_row(number: int, what: list[signal.Signals], *, poison: bool = False, training: bool = True) -> None:
     original, seen = Step.forward, [0]
 
     def counted(self: Any, batch: Any) -> Any:
-        seen[0] += self.training
-        hit = seen[0] == number and self.training
+        seen[0] += self.training == training
+        hit = seen[0] == number and self.training == training
         if hit and not poison:
-            os.kill(os.getpid(), what)
+            for one in what:
+                os.kill(os.getpid(), one)
         loss, nll = original(self, batch)
         return (loss * float("nan"), nll) if hit and poison else (loss, nll)
 
     Step.forward = counted  # type: ignore[method-assign]
 
 
-def _at_file(number: int, below: str) -> None:
+def _at_file(number: int, below: str, what: list[signal.Signals]) -> None:
     seen = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and below in str(arguments[0]):
             seen[0] += 1
             if seen[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                for one in what:
+                    os.kill(os.getpid(), one)
 
     sys.addaudithook(hook)
 
