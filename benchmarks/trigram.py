@@ -70,7 +70,9 @@ def main() -> None:
     from megaprior.data.shards import ShardSet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, nargs="+", required=True, help="shard folders the reference was trained on")
+    parser.add_argument(
+        "--train", type=Path, nargs="+", required=True, help="shard folders the reference was trained on"
+    )
     parser.add_argument("--heldout", type=Path, nargs="+", required=True, help="scored shard folders it has not seen")
     parser.add_argument("--scores", default="ref_logprob", help="name of the score stream")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -95,7 +97,9 @@ def main() -> None:
             "reference_perplexity": math.exp(-neural / tokens),
         }
         print(f"{path.name}: {int(tokens):,} held-out tokens, ", end="")
-        print(", ".join(f"{key.replace('_', ' ')} {results[path.name][key]:.2f}" for key in list(results[path.name])[1:]))
+        print(
+            ", ".join(f"{key.replace('_', ' ')} {results[path.name][key]:.2f}" for key in list(results[path.name])[1:])
+        )
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
