@@ -45,7 +45,7 @@ if [ ${#data[@]} -eq 0 ]; then
     say "1. Scenes with captions: the truth is known per word"
     [ -e "$out/scenes" ] || timed "make scenes" megaprior-data make-scenes --output "$out/scenes" "${scenes[@]}"
     say "2. Tokenizer and shards, every byte verified"
-    text=text vocabulary=1000 corpus=("$out/scenes/text.txt.gz" "$out/scenes/reference.txt.gz")
+    text=text mix=(data.text.0.path="$out/shards/text") vocabulary=1000 corpus=("$out/scenes/text.txt.gz" "$out/scenes/reference.txt.gz")
     tokenizer "${corpus[@]}"
     build text "${corpus[0]}"
     build reference "${corpus[1]}"
@@ -54,8 +54,8 @@ if [ ${#data[@]} -eq 0 ]; then
 else
     say "1. Your pairs, cut into three parts that share no image"
     say "2. Tokenizer and shards, every byte verified"
-    # No general text is at hand: the text LM learns from the reference's captions (docs/decisions.md).
-    text=reference vocabulary=4000
+    # No general text is at hand: the text LM learns from the reference's captions, and nothing is mixed in (docs/decisions.md).
+    text=reference mix=(data.text=[]) vocabulary=4000
     tokenizer "${data[@]}"
     build reference "${data[@]}" -- --text --subset 0:0.4
     build pairs "${data[@]}" -- --subset 0.4:0.9
@@ -91,7 +91,7 @@ for ((seed = 0; seed < seeds; seed++)); do
     say "5. The vision-language model, seed $seed: next-token prediction, then PRIOR, on the same batches"
     for method in ntp prior; do
         train ulvlm "ulvlm_${method}_seed$seed" "seed=$seed" "weighting.kind=$method" "model.init=$out/textlm" \
-            "data.train.0.path=$out/shards/pairs" "data.heldout=$out/shards/heldout"
+            "data.train.0.path=$out/shards/pairs" "data.heldout=$out/shards/heldout" "${mix[@]}"
     done
 done
 
