@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
         --seeds) seeds=${2:?a number}; shift ;;
         --fast)
             unit=512 steps=(steps=8 optim.warmup_steps=2 save_every=4 data.batch_size=8)
-            scenes=(--pairs 200 --heldout 40 --reference 400 --text 600 --probe 40) ;;
+            scenes=(--pairs 1200 --heldout 40 --reference 400 --text 600 --probe 40) ;;
         --out) out=$(realpath -m -- "${2:?a folder}"); shift ;;
         -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "quickstart: unknown option $1 (see --help)" >&2; exit 2 ;;
@@ -69,20 +69,22 @@ train reference reference "data.train.0.path=$out/shards/reference" "model.init=
 
 say "4. A score for every caption token; one of two processes is killed on the way and the command repeated"
 score() { timed "score $1" megaprior score --model "$out/reference" --shards "$out/shards/$1" --unit-tokens $unit "${@:2}"; }
-kill_a_scorer() { # one of this folder's worker processes, without warning
+a_scorer() { # the process id of one of this folder's scorers
     local process
     for process in /proc/[0-9]*; do
         if tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -q "megaprior.score.worker.*$out/"; then
-            kill -KILL "${process#/proc/}" && return
+            echo "${process#/proc/}" && return
         fi
     done
+    return 1
 }
 ledger=$out/shards/pairs/.score-ref_logprob
 if [ ! -e "$out/shards/pairs/00000.ref_logprob.json" ] && [ ! -e "$ledger" ]; then
-    score pairs --processes 2 & scorer=$!
-    until compgen -G "$ledger/*.npy" >/dev/null || ! kill -0 $scorer 2>/dev/null; do sleep 0.1; done
-    kill_a_scorer
-    wait $scorer || echo "quickstart: the scorer lost a process and stopped with exit code $?; repeating the command" >&2
+    score pairs --processes 2 & scoring=$!
+    until victim=$(a_scorer) || ! kill -0 $scoring 2>/dev/null; do sleep 0.1; done
+    until compgen -G "$ledger/*.npy" >/dev/null || ! kill -0 $scoring 2>/dev/null; do sleep 0.02; done
+    kill -KILL "$victim" 2>/dev/null || true
+    wait $scoring || echo "quickstart: the scorer lost a process and stopped with exit code $?; repeating the command" >&2
 fi
 score pairs --processes 2
 score heldout
