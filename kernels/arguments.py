@@ -91,7 +91,7 @@ def loss_terms(
     """Resolve weights and denominator; `targets` and `keep` come from `kept_targets`, dtype from `reduction_dtype`."""
     if (scores is None) != (cu_seqlens is None):
         raise ValueError("scores and cu_seqlens go together: give both or neither")
-    if scores is not None:
+    if scores is not None and cu_seqlens is not None:
         if token_weight is not None:
             raise ValueError("give token_weight or scores, not both")
         _check_per_token("scores", scores, targets)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
@@ -64,11 +64,11 @@ def from_folder(
     Raises:
         DataError: no safetensors, or weights missing, left over or of another shape.
     """
-    source = {} if llama is None else {"config": llama}
+    source: dict[str, Any] = {} if llama is None else {"config": llama}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model, report = kind.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
@@ -76,6 +76,7 @@ def from_folder(
                 output_loading_info=True,
                 **source,
             )
+            model, report = loaded
     except (OSError, RuntimeError) as error:
         raise DataError(f"{folder}: no readable safetensors weights: {' '.join(str(error).split())}") from None
     for problem, names in (

@@ -144,7 +144,7 @@ class TextLM(LlamaForCausalLM):
 
         Rounded to bf16 they are off by up to 0.4%: tens of radians at the end of a long row.
         """
-        rotary = self.model.rotary_emb
+        rotary: Any = self.model.rotary_emb
         exact = rotary.inv_freq
         super()._apply(fn, recurse)
         if rotary.inv_freq.dtype != exact.dtype:

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 class Objective(Protocol):
     """What is trained for: any callable, an `nn.Module` where it has parameters of its own."""
 
-    def __call__(self, model: nn.Module, states: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, model: Any, states: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss (0-d, already divided by the global batch's D) and negative log-likelihoods (float32 [N], detached)."""
         ...
 
 
 class Step(nn.Module):
     """Model and objective as the one module that an engine gets: nothing trainable or gathered lives outside it."""
+
+    model: Any  # a module with `states` and `lm_head`; nn.Module alone promises neither
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()

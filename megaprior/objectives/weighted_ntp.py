@@ -10,10 +10,9 @@ Letters: T tokens of a row, N loss tokens, H width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from megaprior.data.samples import Batch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 class WeightedNTP:
     """The loss above, on the positions that carry loss and no others."""
 
-    def __call__(self, model: nn.Module, states: States, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, model: Any, states: States, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, nll): 0-d, and float32 [N], natural log, detached, for every loss token whatever its weight."""
         assert states.hidden is not None
         hidden = states.hidden.index_select(0, batch.loss_index)  # [T, H] -> [N, H]

@@ -94,7 +94,8 @@ def _save_model(engine: Engine, folder: Path, tokenizer: Tokenizer) -> None:
             state[name] = tensor
     if first:
         folder.mkdir()
-        engine.module.model.save_pretrained(folder, state_dict=state)
+        model: Any = engine.module.model
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save(folder / "tokenizer")
 
 

@@ -120,7 +120,9 @@ class Zero3Engine:
 
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                yield name, safe_get_full_grad(parameter).float().cpu()
+                gradient = safe_get_full_grad(parameter)
+                assert gradient is not None, f"{name} has no gradient"
+                yield name, gradient.float().cpu()
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own files, one set per rank; our manifest is the one that commits them."""
