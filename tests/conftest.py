@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,3 +24,20 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_disk() -> Callable[[Path, str], AbstractContextManager[None]]:
+    """`with small_disk(folder, "64k"):` mounts a file system of that size on the folder; skips where we are not root."""
+
+    @contextmanager
+    def mounted(folder: Path, size: str) -> Iterator[None]:
+        if os.geteuid() != 0:
+            pytest.skip("needs root to mount a small tmpfs")
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
+    return mounted

@@ -340,10 +340,9 @@ def test_a_killed_writer_leaves_no_shard_and_a_second_run_completes_it(tmp_path:
     ]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
-def test_a_full_disk_is_named_and_leaves_complete_shards_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
-
+def test_a_full_disk_is_named_and_leaves_complete_shards_alone(
+    tmp_path: Path, tokenizer: Tokenizer, small_disk
+) -> None:
     def write(prefix: str, samples: int) -> None:
         with ShardWriter(
             tmp_path, prefix, tokenizer=tokenizer, build_id="b", kind="pairs", source={}, options={}
@@ -352,14 +351,12 @@ def test_a_full_disk_is_named_and_leaves_complete_shards_alone(tmp_path: Path, t
                 writer.add(str(i), [5, 2], image=bytes(1000), image_size=(1, 1))
             writer.finish()
 
-    try:
+    with small_disk(tmp_path, "1m"):
         write("00000", 3)
         with pytest.raises(DataError, match=r"disk full \(1,000 bytes needed, [\d,]+ bytes free\)"):
             write("00001", 3000)
         assert len(Shard.open(tmp_path, "00000")) == 3
         assert not [name for name in os.listdir(tmp_path) if "00001" in name]
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 # ---------------------------------------------------------------- what does not belong together
