@@ -34,8 +34,8 @@ from torch import nn
 
 from megaprior.data.images import decode_rgb, patchify
 from megaprior.data.loader import DataConfig, Loader, SourceConfig
-from megaprior.data.samples import VisionSpec
 from megaprior.data.shards import ShardSet
+from megaprior.data.vision import VisionSpec
 from megaprior.data.weighting import WeightingConfig
 from megaprior.models.lm import ModelConfig
 from megaprior.models.ulvlm import ULVLM, build_ulvlm

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from megaprior import __version__
-from megaprior.data.images import decode_rgb, patchify, probe_size
+from megaprior.data.images import decode_rgb, probe_size
 from megaprior.data.order import derangement
 from megaprior.data.packing import pack_best_fit
-from megaprior.data.samples import Batch, Segment, VisionSpec, assemble, segment_length
+from megaprior.data.samples import Batch, Segment, assemble
+from megaprior.data.vision import VisionSpec, segment_length
 from megaprior.errors import DataError, UsageError
 from megaprior.files import digest_bytes, digest_json
 from megaprior.models.fingerprint import model_fingerprint
@@ -219,7 +220,7 @@ class _Statements:
 
 @lru_cache(maxsize=64)
 def _patches(image: Path, spec: VisionSpec, grid: tuple[int, int]) -> np.ndarray:
-    return patchify(_read(image, decode_rgb), patch=spec.patch, size=(grid[0] * spec.patch, grid[1] * spec.patch))
+    return spec.patches(_read(image, decode_rgb), grid)
 
 
 def _read(image: Path, reader: Callable[[bytes], Any]) -> Any:

@@ -19,8 +19,8 @@ from megaprior.analysis.importance import importance, open_scored
 from megaprior.analysis.losses import TokenLosses, keep, kept
 from megaprior.data.heldout import rows
 from megaprior.data.order import derangement, permute
-from megaprior.data.samples import VisionSpec
 from megaprior.data.shards import ShardSet
+from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError, UsageError
 from megaprior.telemetry import progress, say
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megaprior.data.images import ImageError, decode_rgb, patchify
-from megaprior.data.samples import Segment, VisionSpec, vision_tokens
+from megaprior.data.images import ImageError, decode_rgb
+from megaprior.data.samples import Segment
 from megaprior.data.shards import ShardSet
+from megaprior.data.vision import VisionSpec
 from megaprior.data.weighting import check_scores
 from megaprior.errors import DataError
 
@@ -85,10 +86,9 @@ class PatchReader:
         shards, index = wanted
         sizes = shards.image_sizes
         assert sizes is not None, shards.folder
-        columns, rows = self.spec.grid((int(sizes[index, 0]), int(sizes[index, 1])))
+        grid = self.spec.grid((int(sizes[index, 0]), int(sizes[index, 1])))
         try:
-            image = decode_rgb(shards.image(index))
-            patches = patchify(image, patch=self.spec.patch, size=(columns * self.spec.patch, rows * self.spec.patch))
+            patches = self.spec.patches(decode_rgb(shards.image(index)), grid)
         except ImageError as error:
             return error
         patches.flags.writeable = False
@@ -209,7 +209,7 @@ class Corpus:
         assert self.spec is not None
         packed = sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1]
         distinct, which = np.unique(packed, return_inverse=True)
-        table = [vision_tokens(self.spec, (int(size >> 32), int(size & 0xFFFFFFFF))) for size in distinct]
+        table = [self.spec.tokens((int(size >> 32), int(size & 0xFFFFFFFF))) for size in distinct]
         return np.array(table, dtype=np.int64)[which]
 
     # ------------------------------------------------------------ the content

@@ -9,8 +9,9 @@ import numpy as np
 from megaprior.data.corpus import Corpus, Dropped
 from megaprior.data.packing import pack_best_fit
 from megaprior.data.prefetch import Prefetch
-from megaprior.data.samples import Batch, Segment, VisionSpec, assemble
+from megaprior.data.samples import Batch, Segment, assemble
 from megaprior.data.shards import ShardSet
+from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
 
 

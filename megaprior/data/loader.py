@@ -28,8 +28,9 @@ from megaprior.data.manifest import read_build
 from megaprior.data.order import Schedule
 from megaprior.data.packing import pack_best_fit, split_balanced
 from megaprior.data.prefetch import Prefetch
-from megaprior.data.samples import Batch, Segment, VisionSpec, assemble
+from megaprior.data.samples import Batch, Segment, assemble
 from megaprior.data.shards import ShardSet
+from megaprior.data.vision import VisionSpec
 from megaprior.data.weighting import WeightingConfig, weigh
 from megaprior.errors import DataError, UsageError
 from megaprior.files import digest_bytes, digest_json
@@ -276,7 +277,7 @@ class Loader:
             for shards, entry in zip(self.corpus.sets, [*self.cfg.train, *self.cfg.text], strict=True)
         ]
         settings = {name: cfg[name] for name in ("batch_size", "max_tokens", "mix_ratio", "mix_unit", "pad_to")}
-        spec = None if self.corpus.spec is None else vars(self.corpus.spec)
+        spec = None if self.corpus.spec is None else self.corpus.spec.recorded()
         return {**settings, "seed": seed, "sources": sources, "vision": spec, "weighting": dump_config(self.weighting)}
 
 

@@ -1,6 +1,6 @@
 """The record that a model and an objective see: one row of segments, with targets and weights built on the host.
 
-    pair   BOS <vision> patch patch ... <vrow_sep> patch ... </vision> caption EOS
+    pair   BOS image caption EOS         what an image's tokens are: vision.py
     text   BOS text EOS
 
 Letters: T tokens of the row, N loss tokens, S segments (samples) in the row, P patches, D values of a patch (3 * patch^2).
@@ -10,55 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from megaprior.data.images import target_size
-
-
-@dataclass(frozen=True)
-class VisionSpec:
-    """How an image becomes tokens: patch side and limit of the long side in pixels, and the ids of the four roles."""
-
-    patch: int
-    limit: int
-    patch_id: int
-    start_id: int
-    row_id: int
-    end_id: int
-
-    @classmethod
-    def of(cls, config: Any) -> VisionSpec | None:
-        """As a model's configuration has it (`patch`, `limit`, and `vision_roles`: role -> id); None for a text-only model."""
-        roles = getattr(config, "vision_roles", None)
-        if not roles:
-            return None
-        return cls(config.patch, config.limit, *(roles[role] for role in ("patch", "start", "row", "end")))
-
-    @property
-    def patch_values(self) -> int:
-        """D, the uint8 values of one patch."""
-        return 3 * self.patch**2
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(columns, rows) of patches of an image of `size` = (width, height) pixels."""
-        width, height = target_size(*size, patch=self.patch, limit=self.limit)
-        return width // self.patch, height // self.patch
-
-
-def vision_tokens(spec: VisionSpec, size: tuple[int, int]) -> int:
-    """Tokens of an image with its separators: columns * rows + (rows - 1) + 2."""
-    columns, rows = spec.grid(size)
-    return columns * rows + rows + 1
-
-
-def segment_length(spec: VisionSpec | None, size: tuple[int, int] | None, caption_tokens: int) -> int:
-    """Tokens of a whole segment: BOS, the image (where there is one), and the caption with its closing EOS."""
-    image = vision_tokens(spec, size) if spec is not None and size is not None else 0
-    return 1 + image + caption_tokens
+from megaprior.data.vision import VisionSpec
 
 
 @dataclass(frozen=True)
@@ -134,7 +91,7 @@ def assemble(
     caption_at, patch_index = np.empty(len(segments), dtype=np.int64), []
     edges = [0]
     for number, segment in enumerate(segments):
-        image, offsets = _NO_IMAGE if segment.grid is None else _image_ids(_known(spec), *segment.grid)
+        image, offsets = _NO_IMAGE if segment.grid is None else _known(spec).layout(*segment.grid)
         pieces += [bos, image, segment.tokens]
         patch_index.append(offsets + (edges[-1] + 1))
         caption_at[number] = edges[-1] + 1 + len(image)
@@ -171,17 +128,6 @@ def assemble(
 
 
 _NO_IMAGE = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
-
-
-@lru_cache(maxsize=4096)
-def _image_ids(spec: VisionSpec, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids of an image with its separators, offsets of its patch tokens in them), int64 both and read-only."""
-    body = np.full((rows, columns + 1), spec.patch_id, dtype=np.int64)
-    body[:, -1] = spec.row_id
-    ids = np.concatenate([[spec.start_id], body.ravel()[:-1], [spec.end_id]])
-    offsets = 1 + (np.arange(rows)[:, None] * (columns + 1) + np.arange(columns)).ravel()
-    ids.flags.writeable = offsets.flags.writeable = False
-    return ids, offsets
 
 
 def _known(spec: VisionSpec | None) -> VisionSpec:

@@ -10,7 +10,7 @@ import torch
 
 from megaprior.data.loader import Loader
 from megaprior.data.manifest import read_build, refuse_other_tokenizer, tokenizer_entry
-from megaprior.data.samples import VisionSpec
+from megaprior.data.vision import PatchSpec, VisionSpec
 from megaprior.errors import DataError
 from megaprior.models.folder import model_type
 from megaprior.models.lm import TextLM, build_text_lm, start_config
@@ -155,4 +155,4 @@ def _shape(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[int, VisionSpec | None
     if cfg.stage != "ulvlm":
         return model.num_parameters(), None
     patch, limit = cfg.model.sizes.patch, cfg.model.sizes.limit
-    return model.num_parameters() + 3 * patch**2 * llama.hidden_size, VisionSpec(patch, limit, 0, 1, 2, 3)
+    return model.num_parameters() + 3 * patch**2 * llama.hidden_size, PatchSpec(patch, limit, 0, 1, 2, 3)

@@ -19,7 +19,8 @@ from megaprior.telemetry import say
 
 if TYPE_CHECKING:
     from megaprior.data.loader import DataConfig
-    from megaprior.data.samples import Batch, VisionSpec
+    from megaprior.data.samples import Batch
+    from megaprior.data.vision import VisionSpec
     from megaprior.tokenizer import Tokenizer
     from megaprior.train.engine import Engine
 

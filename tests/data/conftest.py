@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaprior.data.samples import VisionSpec
 from megaprior.data.scores import ScoreWriter
 from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import Shard
+from megaprior.data.vision import PatchSpec, VisionSpec
 from megaprior.tokenizer import Tokenizer, train_sentencepiece
 
 
@@ -43,7 +43,7 @@ def spec(tokenizer: Tokenizer) -> VisionSpec:
     """Patches of 4 pixels, long side at most 16: an image takes 3 to 21 tokens."""
     roles = tokenizer.reserved_roles()
     assert roles is not None
-    return VisionSpec(
+    return PatchSpec(
         patch=4, limit=16, patch_id=roles["patch"], start_id=roles["start"], row_id=roles["row"], end_id=roles["end"]
     )
 

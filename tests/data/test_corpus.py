@@ -10,8 +10,9 @@ import pytest
 
 from megaprior.data.corpus import Corpus, Dropped, PatchReader
 from megaprior.data.images import decode_rgb, patchify
-from megaprior.data.samples import Segment, VisionSpec, vision_tokens
+from megaprior.data.samples import Segment
 from megaprior.data.shards import ShardSet
+from megaprior.data.vision import PatchSpec, VisionSpec
 from megaprior.errors import DataError
 
 Write = Callable[..., Path]
@@ -44,7 +45,7 @@ def test_lengths_of_every_sample(pairs: ShardSet, text: ShardSet, spec: VisionSp
 
 def test_the_image_rule_is_that_of_one_image(pairs: ShardSet, spec: VisionSpec) -> None:
     corpus = Corpus([pairs], spec=spec, max_tokens=100)
-    assert corpus.lengths(np.arange(4)).image.tolist() == [vision_tokens(spec, size) for size in SIZES]
+    assert corpus.lengths(np.arange(4)).image.tolist() == [spec.tokens(size) for size in SIZES]
 
 
 def test_a_caption_is_cut_at_the_end_of_the_row(pairs: ShardSet, spec: VisionSpec) -> None:
@@ -135,7 +136,7 @@ def test_an_image_of_several_captions_is_decoded_once(write_shards: Write, conte
 
 
 def test_the_cache_stays_within_its_bound(write_shards: Write, content: type) -> None:
-    spec = VisionSpec(patch=256, limit=512, patch_id=3, start_id=4, row_id=5, end_id=6)
+    spec = PatchSpec(patch=256, limit=512, patch_id=3, start_id=4, row_id=5, end_id=6)
     shards = ShardSet.open(write_shards("pairs", content(CAPTIONS, sizes=[(9, 8), (500, 500), (9, 9), (8, 8)])))
     reader = PatchReader(spec, cache_mb=1, workers=1)  # a patch has 196,608 bytes: five fit into 1 MiB
     kept = reader.many([(shards, i) for i in range(4)])

@@ -11,8 +11,9 @@ import torch
 
 from megaprior.data.heldout import rows
 from megaprior.data.images import decode_rgb, patchify
-from megaprior.data.samples import Batch, VisionSpec
+from megaprior.data.samples import Batch
 from megaprior.data.shards import ShardSet
+from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
 
 Write = Callable[..., Path]

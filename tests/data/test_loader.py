@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from megaprior.data.loader import DataConfig, Loader, SourceConfig, StepBatch, plan_rows
-from megaprior.data.samples import Batch, VisionSpec
+from megaprior.data.samples import Batch
 from megaprior.data.shards import Shard
+from megaprior.data.vision import VisionSpec
 from megaprior.data.weighting import WeightingConfig
 from megaprior.errors import DataError, UsageError
 from megaprior.tokenizer import Tokenizer, train_sentencepiece

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from megaprior.data.samples import Batch, Segment, VisionSpec, assemble, segment_length, vision_tokens
+from megaprior.data.samples import Batch, Segment, assemble
+from megaprior.data.vision import PatchSpec, VisionSpec, segment_length
 from megaprior.models.lm import TextLM
 
 BOS, EOS = 1, 2
 PATCH, START, ROW, END = 90, 91, 92, 93
-SPEC = VisionSpec(patch=2, limit=8, patch_id=PATCH, start_id=START, row_id=ROW, end_id=END)
+SPEC = PatchSpec(patch=2, limit=8, patch_id=PATCH, start_id=START, row_id=ROW, end_id=END)
 D = 12
 
 
@@ -145,10 +146,10 @@ def test_to_moves_every_tensor() -> None:
 
 
 def test_lengths_follow_the_design() -> None:
-    assert vision_tokens(SPEC, (4, 4)) == 2 * 2 + 1 + 2  # columns * rows, separators, start and end
-    assert vision_tokens(SPEC, (16, 8)) == 4 * 2 + 1 + 2  # long side 8 of the limit, short side 8 * 8 / 16
+    assert SPEC.tokens((4, 4)) == 2 * 2 + 1 + 2  # columns * rows, separators, start and end
+    assert SPEC.tokens((16, 8)) == 4 * 2 + 1 + 2  # long side 8 of the limit, short side 8 * 8 / 16
     assert segment_length(SPEC, (4, 4), 3) == row(pair()).num_real_tokens
     assert segment_length(SPEC, None, 4) == segment_length(None, (4, 4), 4) == row(text()).num_real_tokens
-    paper = VisionSpec(patch=32, limit=1024, patch_id=PATCH, start_id=START, row_id=ROW, end_id=END)
+    paper = PatchSpec(patch=32, limit=1024, patch_id=PATCH, start_id=START, row_id=ROW, end_id=END)
     assert paper.grid((500, 375)) == (16, 12)  # 512 x 384
-    assert vision_tokens(paper, (2000, 2000)) == 32 * 32 + 31 + 2
+    assert paper.tokens((2000, 2000)) == 32 * 32 + 31 + 2
