@@ -8,39 +8,18 @@ Letters: T tokens of a row, P patches, D = 3 * patch * patch values of a patch, 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
 
 from megaprior.errors import DataError, UsageError
 from megaprior.models.attention import Backend
 from megaprior.models.folder import from_folder, model_type
 from megaprior.models.lm import ModelConfig, TextLM, check_vocabulary, from_scratch, start_config
+from megaprior.models.ulvlm_portable import ULVLMConfig, normalize_pixels
 
 ROLES = ("patch", "start", "row", "end")
-
-# ImageNet's mean and standard deviation of R, G, B, for pixels in [0, 1].
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
-
-
-class ULVLMConfig(LlamaConfig):
-    """A LlamaConfig with the geometry of patches and the ids of the four vision roles.
-
-    Attributes:
-        patch: side of a patch, in pixels.
-        limit: longest image side after scaling, in pixels.
-        vision_roles: token ids of "patch", "start", "row" and "end".
-    """
-
-    model_type = "megaprior_ulvlm"
-
-    patch: int = 32
-    limit: int = 1024
-    vision_roles: dict[str, int] | None = None
 
 
 class ULVLM(TextLM):
@@ -71,19 +50,6 @@ class ULVLM(TextLM):
     def name_architecture(self) -> None:
         """Only this class reads the folder."""
         self.config.architectures = [type(self).__name__]
-
-
-def normalize_pixels(patches: torch.Tensor) -> torch.Tensor:
-    """uint8 [P, D], each row (height, width, channel) -> float32 [P, D]: (x / 255 - mean) / std of its channel."""
-    scale, shift = _affine(patches.device)
-    return torch.addcmul(shift, patches.unflatten(1, (-1, 3)), scale).flatten(1)
-
-
-@lru_cache(maxsize=8)
-def _affine(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.inference_mode(False):  # kept for later calls, which may need gradients
-        mean, std = torch.tensor(_MEAN, dtype=torch.float64), torch.tensor(_STD, dtype=torch.float64)
-        return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
 
 
 def build_ulvlm(
