@@ -31,6 +31,11 @@ def model_fingerprint(folder: Path | str) -> str:
 def _configuration(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return {name: value for name, value in fields.items() if name not in _PASSING}
-    except (OSError, ValueError, AttributeError) as error:
+        kept = {name: value for name, value in fields.items() if name not in _PASSING}
+        if isinstance(
+            kept.get("base"), dict
+        ):  # an H-LVLM's frozen models count by what they are, not by where they lie
+            kept["base"] = {name: entry["fingerprint"] for name, entry in kept["base"].items()}
+        return kept
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise DataError(f"{path}: not a model's configuration ({error})") from None

@@ -55,16 +55,33 @@ def from_folder(
     fresh: Set[str] = frozenset(),
     seed: int = 0,
 ) -> Model:
-    """Weights of a folder, safetensors only, every tensor accounted for; in evaluation mode.
+    """A language model from its folder: see `load_whole`."""
+    model = load_whole(kind, folder, dtype=dtype, config=llama, fresh=fresh, seed=seed)
+    model.attention = backend
+    return model
+
+
+def load_whole(
+    kind: type[Any],
+    folder: Path | str,
+    *,
+    dtype: str,
+    config: Any = None,
+    fresh: Set[str] = frozenset(),
+    others: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Any:
+    """A transformers model with the weights of a folder, safetensors only, every tensor accounted for; in evaluation mode.
 
     Args:
-        llama: a configuration in place of the folder's own.
+        config: a configuration in place of the folder's own.
         fresh: names that the folder lacks; they are drawn from the seed.
+        others: beginnings of names that the folder holds beside this model's.
 
     Raises:
         DataError: no safetensors, or weights missing, left over or of another shape.
     """
-    source: dict[str, Any] = {} if llama is None else {"config": llama}
+    source: dict[str, Any] = {} if config is None else {"config": config}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -81,14 +98,13 @@ def from_folder(
         raise DataError(f"{folder}: no readable safetensors weights: {' '.join(str(error).split())}") from None
     for problem, names in (
         ("lacks", set(report["missing_keys"]) - fresh),
-        ("has unknown", set(report["unexpected_keys"])),
+        ("has unknown", {name for name in report["unexpected_keys"] if not name.startswith(others)}),
         ("has ill-shaped", {name for name, *_ in report["mismatched_keys"]}),
     ):
         if names:
             raise DataError(
                 f"{folder}: {problem} {len(names)} tensors, {min(names)} among them: not this model's folder"
             )
-    model.attention = backend
     return model
 
 

@@ -24,6 +24,7 @@ from megaprior.models.folder import from_folder, quiet, read_llama_config
 from megaprior.models.head import LossHead
 from megaprior.models.outputs import States
 from megaprior.models.presets import PRESETS, Preset
+from megaprior.models.vision import TowerConfig
 
 Model = TypeVar("Model", bound="TextLM")
 
@@ -39,8 +40,12 @@ class ModelConfig:
         patch: side of a patch in pixels; None takes the preset's (else 32).
         limit: longest image side in pixels after scaling, a multiple of `patch`; None takes the preset's (else 1,024).
         vision_roles: "auto" uses ids that the tokenizer reserves, "append" adds four rows to embedding and head.
-        dtype: of the parameters.
+        dtype: of the parameters; of an H-LVLM's MLP.
         attention: backend of packed attention.
+        tower: the vision tower of an H-LVLM.
+        frozen: an H-LVLM's frozen parts on every process ("replicated"), or spread over the ranks of ZeRO-3 ("partitioned") where
+            they would not fit; gathering them twice a row costs more than computing with them.
+        frozen_dtype: of those parts.
     """
 
     init: str | None = None
@@ -51,6 +56,9 @@ class ModelConfig:
     vision_roles: Literal["auto", "append"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Backend = "auto"
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    frozen: Literal["replicated", "partitioned"] = "replicated"
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def sizes(self) -> Preset:
@@ -99,7 +107,13 @@ class TextLM(LlamaForCausalLM):
             patch_index: int64 [P] position in the row of each patch, all different.
             loss_index: int64 [N] position whose hidden state predicts loss token n; handed through.
         """
-        embeds = self.embed(input_ids, patches, patch_index)
+        hidden = self.run(self.embed(input_ids, patches, patch_index), position_ids, cu_seqlens, max_seqlen)
+        return States(hidden=hidden, loss_index=loss_index, image_index=patch_index)
+
+    def run(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        """The last hidden states [T, H], after the final norm, of a packed row of embeddings [T, H]; see `states`."""
         kind = embeds.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
         output = self.model(
@@ -111,7 +125,7 @@ class TextLM(LlamaForCausalLM):
             use_cache=False,
             packing=make_packing(cu_seqlens, max_seqlen, backend=self.attention, dtype=dtype),
         )
-        return States(hidden=output.last_hidden_state[0], loss_index=loss_index, image_index=patch_index)
+        return output.last_hidden_state[0]
 
     def embed(
         self, input_ids: torch.Tensor, patches: torch.Tensor | None, patch_index: torch.Tensor | None
@@ -225,7 +239,7 @@ def from_scratch(kind: type[Model], llama: LlamaConfig, config: ModelConfig, *, 
 
 def check_vocabulary(model: TextLM, vocab_size: int, *, source: str) -> None:
     """Refuse a model that has no embedding for some of the tokenizer's ids (spare rows are usual and welcome)."""
-    rows = model.config.vocab_size
+    rows = model.config.get_text_config().vocab_size
     if rows < vocab_size:
         raise DataError(
             f"{source}: has {rows} embeddings, the tokenizer has {vocab_size} ids: not this tokenizer's model"

@@ -10,11 +10,12 @@ import torch
 
 from megaprior.data.loader import Loader
 from megaprior.data.manifest import read_build, refuse_other_tokenizer, tokenizer_entry
-from megaprior.data.vision import PatchSpec, VisionSpec
+from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
-from megaprior.models.folder import model_type
-from megaprior.models.lm import TextLM, build_text_lm, start_config
-from megaprior.models.ulvlm import ULVLM, ULVLMConfig, build_ulvlm
+from megaprior.models.hlvlm import HLVLM, build_hlvlm
+from megaprior.models.lm import TextLM, build_text_lm
+from megaprior.models.ulvlm import build_ulvlm
+from megaprior.models.vision import TowerConfig
 from megaprior.objectives.base import Step
 from megaprior.objectives.weighted_ntp import WeightedNTP
 from megaprior.telemetry import say
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
 
 
 def resolve_init(cfg: RunConfig) -> RunConfig:
-    """`model.init` as the Hugging Face folder that it means (a run: its newest complete checkpoint)."""
-    if cfg.model.init is None:
-        return cfg
-    return replace(cfg, model=replace(cfg.model, init=str(resolve_model(cfg.model.init))))
+    """`model.init` and `model.tower.init` as the Hugging Face folders that they mean (a run: its newest complete checkpoint)."""
+    init, tower = (None if p is None else str(resolve_model(p)) for p in (cfg.model.init, cfg.model.tower.init))
+    return replace(cfg, model=replace(cfg.model, init=init, tower=replace(cfg.model.tower, init=tower)))
 
 
 def started_from(cfg: RunConfig, folder: Path) -> RunConfig:
     """`cfg` with its model read from `folder`, one that this run saved itself."""
-    return replace(cfg, model=replace(cfg.model, init=str(folder), llama={}, preset=None, patch=None, limit=None))
+    model = replace(cfg.model, init=str(folder), llama={}, preset=None, patch=None, limit=None, tower=TowerConfig())
+    return replace(cfg, model=model)
 
 
 def open_tokenizer(cfg: RunConfig) -> Tokenizer:
@@ -60,15 +61,17 @@ def open_tokenizer(cfg: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> TextLM:
+def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> TextLM | HLVLM:
     """The stage's model in training mode, from `model.init` or from random weights.
 
     Raises:
-        UsageError, DataError: as `build_text_lm` and `build_ulvlm`.
+        UsageError, DataError: as `build_text_lm`, `build_ulvlm` and `build_hlvlm`.
     """
     ids = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     if cfg.stage == "ulvlm":
         model = build_ulvlm(cfg.model, **ids, roles=tokenizer.reserved_roles(), seed=cfg.seed)
+    elif cfg.stage == "hlvlm":
+        model = build_hlvlm(cfg.model, vocab_size=tokenizer.vocab_size, image_id=image_id(tokenizer), seed=cfg.seed)
     else:
         model = build_text_lm(cfg.model, **ids, seed=cfg.seed)
     if cfg.activation_checkpointing == "full":
@@ -76,7 +79,12 @@ def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> TextLM:
     return model
 
 
-def vision_spec(model: TextLM) -> VisionSpec | None:
+def image_id(tokenizer: Tokenizer) -> int | None:
+    """The id that an H-LVLM's image tokens have; None where the tokenizer reserves none."""
+    return (tokenizer.reserved_roles() or {}).get("patch")
+
+
+def vision_spec(model: TextLM | HLVLM) -> VisionSpec | None:
     """How the model sees images; None for a text LM."""
     return VisionSpec.of(model.config)
 
@@ -97,14 +105,14 @@ def open_loader(
     )
 
 
-def local_engine(cfg: RunConfig, model: TextLM, *, groups: int) -> LocalEngine:
+def local_engine(cfg: RunConfig, model: TextLM | HLVLM, *, groups: int) -> LocalEngine:
     """Plain PyTorch on one process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = Step(model, WeightedNTP())
     return LocalEngine(module, cfg.optim, precision=cfg.precision, device=device, groups=groups)
 
 
-def build_engine(cfg: RunConfig, model: TextLM, *, peers: Peers, groups: int, universal: bool) -> Engine:
+def build_engine(cfg: RunConfig, model: TextLM | HLVLM, *, peers: Peers, groups: int, universal: bool) -> Engine:
     """The configured engine; `universal` says that its state comes from another number of ranks."""
     if cfg.engine == "local":
         return local_engine(cfg, model, groups=groups)
@@ -115,44 +123,3 @@ def build_engine(cfg: RunConfig, model: TextLM, *, peers: Peers, groups: int, un
     return Zero3Engine(
         module, cfg.optim, peers=peers, precision=cfg.precision, extras=extras, groups=groups, universal=universal
     )
-
-
-def describe_plan(cfg: RunConfig, *, world: int) -> str:
-    """What a run would do, for --dry-run: read from configurations and indexes, no weight is touched."""
-    tokenizer = open_tokenizer(cfg)
-    parameters, spec = _shape(cfg, tokenizer)
-    loader = open_loader(cfg, tokenizer, spec, world=world)
-    try:
-        ids = loader.sample_ids(0)
-        lengths = loader.corpus.lengths(ids)
-    finally:
-        loader.close()
-    row = cfg.data.max_tokens
-    loss, tokens = int(lengths.loss.sum()), int(lengths.segment.sum())
-    return "\n".join(
-        [
-            f"stage {cfg.stage}: engine {cfg.engine}, {world} process(es), {cfg.precision}, out {cfg.out}",
-            f"model: {parameters:,} parameters, from {cfg.model.init or 'random weights'}",
-            f"data: {', '.join(loader.sources)}; {sum(len(s) for s in loader.corpus.sets):,} samples",
-            f"step 1: {len(ids)} samples, {tokens:,} tokens, {loss:,} of them in the loss, "
-            f"in at least {-(-tokens // row)} rows of at most {row:,} tokens",
-            f"run: {cfg.steps:,} steps, about {cfg.steps * loss:,} loss tokens; weighting {cfg.weighting.kind}; "
-            f"lr {cfg.optim.lr:g} {cfg.optim.schedule}; a checkpoint every {cfg.save_every:,} steps",
-        ]
-    )
-
-
-def _shape(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[int, VisionSpec | None]:
-    """(parameters, vision geometry) of the stage's model, built without memory for its weights."""
-    with torch.device("meta"):
-        if cfg.model.init is not None and model_type(cfg.model.init) == ULVLMConfig.model_type:
-            model: TextLM = ULVLM(ULVLMConfig.from_pretrained(cfg.model.init, local_files_only=True))
-            return model.num_parameters(), vision_spec(model)
-        llama = start_config(
-            cfg.model, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
-        )
-        model = TextLM(llama)
-    if cfg.stage != "ulvlm":
-        return model.num_parameters(), None
-    patch, limit = cfg.model.sizes.patch, cfg.model.sizes.limit
-    return model.num_parameters() + 3 * patch**2 * llama.hidden_size, PatchSpec(patch, limit, 0, 1, 2, 3)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megaprior.distributed import Place
+from megaprior.files import digest_bytes, digest_json
+from megaprior.models.hlvlm import FROZEN, HLVLM
 from megaprior.train.optim import OptimConfig, adamw
 
 if TYPE_CHECKING:
@@ -57,6 +59,10 @@ class Engine(Protocol):
         """(name in the model, tensor on the CPU) one by one; tied ones once. Collective."""
         ...
 
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what the model holds frozen beside its own weights, one by one; often nothing. Collective."""
+        ...
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the module, accumulated gradient in float32 on the CPU) one by one. Collective."""
         ...
@@ -96,14 +102,36 @@ class Sums:
 
 
 def model_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter | Tensor]]:
-    """Parameters and saved buffers of the model inside Step(model, objective), named as in the model."""
+    """Parameters and saved buffers of the model inside Step(model, objective), named as in the model; no frozen parts."""
     model: Any = module.model
     saved = model.state_dict(keep_vars=True)
     seen: set[int] = set()
     for name, tensor in saved.items():
-        if id(tensor) not in seen:  # a tied head is the embedding itself
+        if id(tensor) not in seen and not name.startswith(FROZEN):  # a tied head is the embedding itself
             seen.add(id(tensor))
             yield name, tensor
+
+
+def frozen_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the model inside Step(model, objective) holds frozen, as it lies on this rank."""
+    model: Any = module.model
+    if isinstance(model, HLVLM):
+        yield from model.frozen_tensors()
+
+
+def frozen_digest(engine: Engine) -> str | None:
+    """xxh3-128 over every frozen tensor in turn, on rank 0; None elsewhere, and where nothing is frozen. Collective.
+
+    It is compared on every resume: DeepSpeed's universal checkpoints, for one, restore no frozen parameter and do not say so.
+    """
+    entries = []
+    for name, tensor in engine.frozen():
+        if engine.place.rank == 0:
+            raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+            entries.append(
+                [name, list(tensor.shape), str(tensor.dtype), digest_bytes(memoryview(raw.numpy()).cast("B"))]
+            )
+    return digest_json(entries) if entries else None
 
 
 class LocalEngine:
@@ -161,6 +189,10 @@ class LocalEngine:
         """See `Engine`."""
         for name, tensor in model_weights(self.module):
             yield name, tensor.detach().cpu()
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`."""
+        return frozen_tensors(self.module)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""

@@ -17,6 +17,7 @@ from megaprior.errors import CheckpointError, DataError, UsageError
 from megaprior.files import atomic_write, owner_lock
 from megaprior.telemetry import say
 from megaprior.train.checkpoint import Checkpoint, newest, open_checkpoint
+from megaprior.train.engine import frozen_digest
 from megaprior.train.saving import remove_leftovers
 from megaprior.train.settings import RunConfig, refuse_other_run
 
@@ -60,11 +61,11 @@ def claim(cfg: RunConfig, peers: Peers, stack: ExitStack) -> Checkpoint | None:
     return checkpoint
 
 
-def restore(checkpoint: Checkpoint, *, cfg: RunConfig, engine: Engine, loader: Loader) -> None:
-    """Load the engine's state, after the run's data were compared.
+def restore(checkpoint: Checkpoint, *, cfg: RunConfig, engine: Engine, loader: Loader, peers: Peers) -> None:
+    """Load the engine's state, after the run's data were compared; then compare what is frozen.
 
     Raises:
-        CheckpointError: another engine wrote it, or the data differ.
+        CheckpointError: another engine wrote it, the data differ, or the frozen weights do.
     """
     manifest = checkpoint.manifest
     if manifest["engine"] != engine.name:
@@ -81,6 +82,12 @@ def restore(checkpoint: Checkpoint, *, cfg: RunConfig, engine: Engine, loader: L
     if manifest["threads"] != torch.get_num_threads():
         say(f"warning: {manifest['threads']} threads before, {torch.get_num_threads()} now: sums may round differently")
     engine.load_state(checkpoint.state, world=manifest["world"])
+    frozen = peers.share(frozen_digest(engine))
+    if frozen != manifest.get("frozen"):
+        raise CheckpointError(
+            f"{checkpoint.path}: its frozen language model and vision tower were {manifest.get('frozen')}, those loaded now are "
+            f"{frozen}: the MLP means nothing to others; restore model.init and model.tower.init, and model.frozen_dtype"
+        )
     say(f"{cfg.out}: resuming after step {checkpoint.step} of {cfg.steps}")
 
 

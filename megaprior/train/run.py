@@ -18,6 +18,7 @@ from megaprior.train import assembly
 from megaprior.train.checkpoint import Checkpoint
 from megaprior.train.evaluation import HeldOut
 from megaprior.train.loop import run_loop
+from megaprior.train.plan import describe_plan
 from megaprior.train.record import (
     Record,
     has_summary,
@@ -49,7 +50,7 @@ def train(cfg: RunConfig, *, dry_run: bool = False, signals: StopSignals | None 
     here = place()
     check_run(cfg, world=here.world)
     if dry_run:
-        print(assembly.describe_plan(assembly.resolve_init(cfg), world=here.world))
+        print(describe_plan(assembly.resolve_init(cfg), world=here.world))
         return 0
     if cfg.engine == "zero3":
         from megaprior.train.zero3 import check_version
@@ -99,7 +100,7 @@ def _train(
     universal = resumed is not None and resumed.manifest["world"] != here.world
     engine = assembly.build_engine(cfg, model, peers=peers, groups=len(loader.sources), universal=universal)
     if resumed is not None:
-        restore(resumed, cfg=cfg, engine=engine, loader=loader)
+        restore(resumed, cfg=cfg, engine=engine, loader=loader, peers=peers)
     heldout = None
     if cfg.eval_every:
         samples = cfg.eval_batches * cfg.data.batch_size

@@ -12,6 +12,7 @@ from megaprior.distributed import Peers
 from megaprior.errors import CheckpointError
 from megaprior.files import atomic_folder, atomic_write, block_digests, write_manifest
 from megaprior.train.checkpoint import FORMAT, MANIFEST, Checkpoint, step_folder
+from megaprior.train.engine import frozen_digest
 
 if TYPE_CHECKING:
     from megaprior.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ def save_checkpoint(
         temporary = peers.first_does(begin)
         _guarded(peers, temporary, lambda: engine.save_state(temporary / "state"))
         _guarded(peers, temporary, lambda: _save_model(engine, temporary / "model", tokenizer))
+        frozen = frozen_digest(engine)
         parts = peers.gather_objects(_digests(temporary, rank=engine.place.rank, world=engine.place.world))
         if first:
             files = {name: entry for part in parts for name, entry in part.items()}
@@ -55,6 +57,7 @@ def save_checkpoint(
                 "step": step,
                 "engine": engine.name,
                 "world": engine.place.world,
+                "frozen": frozen,
             }
             manifest = write_manifest(temporary / MANIFEST, {**body, "files": files})
     if first:
@@ -109,11 +112,13 @@ def _digests(folder: Path, *, rank: int, world: int) -> dict[str, dict[str, Any]
 def _check_room(target: Path, engine: Engine) -> None:
     """Refuse to begin a save that cannot fit: a full disk is cheaper to explain before than after."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in engine.module.parameters()]
-    needed = int(_ROOM * sum(n * (size + _STATE_BYTES_PER_PARAMETER) for n, size in sizes))
+    needed = 0.0
+    for p in engine.module.parameters():
+        state = _STATE_BYTES_PER_PARAMETER if p.requires_grad else 0
+        needed += _ROOM * getattr(p, "ds_numel", p.numel()) * (p.element_size() + state)
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise CheckpointError(
-            f"{target}: disk full ({needed:,} bytes needed, {free:,} bytes free); earlier checkpoints are intact: free some "
+            f"{target}: disk full ({needed:,.0f} bytes needed, {free:,} bytes free); earlier checkpoints are intact: free some "
             "space and repeat the command"
         )

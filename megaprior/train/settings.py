@@ -17,6 +17,7 @@ from megaprior.train.optim import OptimConfig, check_optim, learning_rate
 # These leave every loss and weight as it is, so a resumed run may have others. Data are compared by what they hold and not
 # by their paths (`Loader.identity`).
 _FREE = {"out", "data", "save_every", "eval_every", "eval_batches", "eval_threshold", "log_every", "timeout_s", "zero"}
+LVLMS = ("ulvlm", "hlvlm")  # stages that train on weighted captions
 _LENGTH = {"steps", "optim.decay_steps"}
 
 
@@ -24,7 +25,7 @@ _LENGTH = {"steps", "optim.decay_steps"}
 class RunConfig:
     """One training run: `megaprior train FILE key=value ...`."""
 
-    stage: Literal["textlm", "reference", "ulvlm"]
+    stage: Literal["textlm", "reference", "ulvlm", "hlvlm", "clip"]
     out: Path
     data: DataConfig
     steps: int
@@ -63,8 +64,15 @@ def check_run(cfg: RunConfig, *, world: int) -> None:
             f"model.dtype is {cfg.model.dtype}: engine=local would round every update to it; "
             "leave float32 and set precision=bf16, which computes in bf16 over fp32 weights"
         )
-    if cfg.stage != "ulvlm" and (cfg.weighting.kind != "ntp" or cfg.data.text):
-        raise UsageError(f"stage={cfg.stage} trains on text alone: weighting.kind must be ntp and data.text empty")
+    if cfg.stage not in LVLMS and (cfg.weighting.kind != "ntp" or cfg.data.text):
+        what = "compares images with captions" if cfg.stage == "clip" else "trains on text alone"
+        raise UsageError(f"stage={cfg.stage} {what}: weighting.kind must be ntp and data.text empty")
+    if cfg.stage == "hlvlm" and cfg.model.init is None:
+        raise UsageError("stage=hlvlm trains an MLP onto a language model: name its folder or run with model.init")
+    if cfg.engine == "local" and cfg.model.frozen == "partitioned":
+        raise UsageError(
+            "model.frozen=partitioned spreads over the ranks of engine=zero3; one process holds all: use replicated"
+        )
 
 
 def trajectory(cfg: RunConfig) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from megaprior.distributed import Peers
 from megaprior.errors import CheckpointError, UsageError
+from megaprior.models.hlvlm import HLVLM
 from megaprior.telemetry import say
-from megaprior.train.engine import Precision, Sums, model_weights
+from megaprior.train.engine import Precision, Sums, frozen_tensors, model_weights
 from megaprior.train.optim import OptimConfig, adamw
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Zero3Engine:
         self.module = self._engine.module
         self.module.train()
         self.device = self._engine.device
+        if isinstance(self.module.model, HLVLM) and not self.module.model.partitioned:
+            self.module.model.to(self.device)  # DeepSpeed moves what it partitions, and what is frozen lies outside
         self._sums = Sums(self.device, groups)
 
     def accumulate(self, row: Batch, group: Tensor, *, last: bool) -> None:
@@ -113,6 +116,14 @@ class Zero3Engine:
         for name, tensor in model_weights(self.module):
             with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
                 yield name, tensor.detach().to("cpu", copy=True) if self.place.rank == 0 else tensor.detach()
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`; partitioned ones are gathered one at a time."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, tensor in frozen_tensors(self.module):
+            with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                yield name, tensor
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""

@@ -50,6 +50,25 @@ def make_world(folder: Path) -> None:
         write_shards(folder / name, captions, tokenizer, images=name != "text")
 
 
+def make_bases(folder: Path, *, tied: bool = True) -> None:
+    """A language model and a vision tower of random weights under `folder`, as transformers writes them."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(11)
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, **SIZES, tie_word_embeddings=tied)).save_pretrained(folder / "lm")
+    small = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 16, "initializer_factor": 5.0}
+    text = {**small, "vocab_size": 300}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "tower")
+
+
+def hlvlm_settings(world: Path, bases: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """`settings` of an H-LVLM on the models of `make_bases`."""
+    model = {"init": str(bases / "lm"), "tower": {"init": str(bases / "tower")}, **changes.pop("model", {})}
+    return settings(world, out, stage="hlvlm", model=model, **changes)
+
+
 def write_shards(folder: Path, captions: list[np.ndarray], tokenizer: Tokenizer, *, images: bool) -> None:
     """One shard of these captions; pairs get pictures of two shapes and made-up log-probabilities."""
     folder.mkdir(parents=True)
