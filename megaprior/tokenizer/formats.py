@@ -142,6 +142,11 @@ class HuggingFace(Tokenizer):
             files, vocabulary=vocabulary, bos_id=bos_id, eos_id=eos_id, roles=roles, folds_spaces=not byte_level
         )
 
+    @property
+    def model(self) -> Any:
+        """The `tokenizers.Tokenizer` behind it; not to be changed."""
+        return self._model
+
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
@@ -205,9 +210,14 @@ def _piece_bytes(piece: str, *, is_byte: bool) -> bytes:
     return bytes([int(match[1], 16)]) if match else piece.replace(SPACE, " ").encode()
 
 
-def _byte_level_bytes() -> Any:
-    """The inverse of byte-level BPE's spelling: printable Latin-1 bytes as themselves, the others from U+0100 on."""
+def byte_alphabet() -> dict[int, str]:
+    """Byte-level BPE's spelling of each byte: printable Latin-1 bytes as themselves, the others from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [byte for byte in range(256) if byte not in printable]
-    alphabet = {byte: byte for byte in printable} | {256 + place: byte for place, byte in enumerate(hidden)}
-    return lambda piece: bytes(alphabet[ord(character)] for character in piece)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
+
+
+def _byte_level_bytes() -> Any:
+    """The inverse of byte-level BPE's spelling."""
+    alphabet = {character: byte for byte, character in byte_alphabet().items()}
+    return lambda piece: bytes(alphabet[character] for character in piece)
