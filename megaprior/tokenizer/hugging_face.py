@@ -19,7 +19,7 @@ from megaprior.tokenizer.loading import load_tokenizer
 Piece = TypeVar("Piece", str, bytes)
 
 # SentencePiece's own numbers.
-_UNIGRAM, _BPE = 1, 2
+_BPE = 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 # Llama 3.1's names of the control tokens 128000 + i; the others are reserved.
@@ -71,12 +71,8 @@ def name_control(model: Any, token_id: int, name: str) -> Any:
     state = json.loads(model.to_str())
     old = model.id_to_token(token_id)
     vocabulary = state["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        if old in vocabulary:
-            vocabulary[name] = vocabulary.pop(old)
-    else:
-        for entry in vocabulary:
-            entry[0] = name if entry[0] == old else entry[0]
+    if old in vocabulary:
+        vocabulary[name] = vocabulary.pop(old)
     added = [entry for entry in state["added_tokens"] if entry["id"] != token_id]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     state["added_tokens"] = sorted([*added, {"id": token_id, "content": name, **flags}], key=lambda entry: entry["id"])
@@ -112,20 +108,19 @@ def _from_sentencepiece(tokenizer: SentencePiece) -> Any:
         raise DataError(f"{path}: it writes spaces behind words, or not at all; no tokenizer.json can follow that")
     pieces = proto.pieces
     unknown = next((i for i, piece in enumerate(pieces) if piece.type == _UNKNOWN), None)
-    has_bytes = any(piece.type == _BYTE for piece in pieces)
-    if proto.trainer_spec.model_type == _BPE:
-        scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
-        model = models.BPE(
-            {piece.piece: i for i, piece in enumerate(pieces)},
-            merges_of(scores, lambda piece: -scores[piece]),
-            unk_token=None if unknown is None else pieces[unknown].piece,
-            fuse_unk=True,
-            byte_fallback=has_bytes,
+    if proto.trainer_spec.model_type != _BPE:
+        # The library's unigram model finds control pieces in a text, and breaks ties in runs of one character otherwise.
+        raise DataError(
+            f"{path}: not BPE; as tokenizer.json it would tokenize some captions differently, so it stays here"
         )
-    elif proto.trainer_spec.model_type == _UNIGRAM:
-        model = models.Unigram([(piece.piece, piece.score) for piece in pieces], unknown, has_bytes)
-    else:
-        raise DataError(f"{path}: neither BPE nor unigram, but model type {proto.trainer_spec.model_type}")
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == _NORMAL}
+    model = models.BPE(
+        {piece.piece: i for i, piece in enumerate(pieces)},
+        merges_of(scores, lambda piece: -scores[piece]),
+        unk_token=None if unknown is None else pieces[unknown].piece,
+        fuse_unk=True,
+        byte_fallback=any(piece.type == _BYTE for piece in pieces),
+    )
     converted = Model(model)
     converted.normalizer = _normalizer(proto.normalizer_spec)
     prefix = proto.normalizer_spec.add_dummy_prefix
