@@ -47,3 +47,22 @@ def spawn() -> Iterator[Callable[..., Any]]:
         del os.environ["PYTHONPATH"]
     else:
         os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def launch(spawn: Callable[..., Any]) -> Callable[..., list[int]]:
+    """`launch(values, world=2, fault={})` trains under ZeRO-3 on that many ranks and returns their exit codes."""
+    import train_children
+
+    def run(values: dict[str, Any], *, world: int = 2, fault: dict[str, Any] | None = None) -> list[int]:
+        values = {**values, "engine": "zero3", "zero": train_children.PARTITION_ALL}
+        port = str(train_children.free_port())
+        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+        processes = [spawn(values, {**(fault or {}), "environment": rank}) for rank in ranks]
+        for process in processes:
+            process.join(240)
+        assert all(process.exitcode is not None for process in processes), "a rank hangs"
+        return [process.exitcode for process in processes]
+
+    return run

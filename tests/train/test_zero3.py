@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,44 +14,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from train_children import SIZES, config, golden_settings, settings, write_shards
+from train_children import (
+    PARTITION_ALL,
+    SIZES,
+    config,
+    free_port,
+    golden_settings,
+    settings,
+    uneven_data,
+)
 
 from megaprior.data.samples import Batch
 from megaprior.errors import UsageError
-from megaprior.tokenizer import load_tokenizer
 from megaprior.train import assembly
 from megaprior.train.zero3 import check_version, deepspeed_config, is_stale
-
-# Nothing stays whole on a rank: tiny tensors would otherwise not be partitioned at all.
-PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def launch(spawn: Callable[..., Any]) -> Callable[..., list[int]]:
-    """`launch(values, world=2, fault={})` trains on that many ranks and returns their exit codes."""
-
-    def run(values: dict[str, Any], *, world: int = 2, fault: dict[str, Any] | None = None) -> list[int]:
-        values = {**values, "engine": "zero3", "zero": PARTITION_ALL}
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-        processes = [spawn(values, {**(fault or {}), "environment": rank}) for rank in ranks]
-        for process in processes:
-            process.join(240)
-        assert all(process.exitcode is not None for process in processes), "a rank hangs"
-        return [process.exitcode for process in processes]
-
-    return run
 
 
 def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -66,26 +45,6 @@ def losses(out: Path) -> list[float]:
 
 def model_bytes(out: Path, step: int) -> bytes:
     return (out / "checkpoints" / f"step_{step:08d}" / "model" / "model.safetensors").read_bytes()
-
-
-def uneven_world(world: Path, folder: Path) -> dict[str, Any]:
-    """Data whose steps have from one to several rows, with fewer rows than ranks in some: dummies on one rank."""
-    tokenizer = load_tokenizer(world / "tokenizer")
-    random = np.random.default_rng(5)
-    lengths = [3] * 12 + [60] * 6
-    captions = [np.array([*random.integers(7, 240, n), tokenizer.eos_id]) for n in random.permutation(lengths)]
-    write_shards(folder / "uneven", captions, tokenizer, images=True)
-    text = [np.array([*random.integers(7, 240, 70), tokenizer.eos_id]) for _ in range(9)]
-    write_shards(folder / "long", text, tokenizer, images=False)
-    return {
-        "train": [{"path": str(folder / "uneven")}],
-        "text": [{"path": str(folder / "long")}],
-        "heldout": str(world / "heldout"),
-        "batch_size": 3,
-        "max_tokens": 80,
-        "pad_to": 16,
-        "mix_ratio": 0.6,
-    }
 
 
 def rows_of_rank(values: dict[str, Any], *, rank: int) -> list[Batch]:
@@ -110,7 +69,7 @@ def test_first_gradients_and_twenty_losses_equal_the_plain_engine(
         steps=20,
         save_every=20,
         eval_every=10,
-        data=uneven_world(world, tmp_path),
+        data=uneven_data(world, tmp_path),
         model={"llama": {**SIZES, "tie_word_embeddings": tied}, "patch": 16, "limit": 32},
         activation_checkpointing="full" if tied else "none",
     )

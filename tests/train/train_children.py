@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -23,7 +24,7 @@ from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import Shard
 from megaprior.errors import MegapriorError
 from megaprior.objectives.base import Step
-from megaprior.tokenizer import Tokenizer, train_sentencepiece
+from megaprior.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megaprior.train.run import RunConfig, train
 
 SIZES = {
@@ -34,6 +35,16 @@ SIZES = {
     "num_key_value_heads": 2,
     "initializer_range": 0.1,
 }
+
+# Nothing stays whole on a rank: tiny tensors would otherwise not be partitioned at all.
+PARTITION_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def make_world(folder: Path) -> None:
@@ -67,6 +78,26 @@ def hlvlm_settings(world: Path, bases: Path, out: Path, **changes: Any) -> dict[
     """`settings` of an H-LVLM on the models of `make_bases`."""
     model = {"init": str(bases / "lm"), "tower": {"init": str(bases / "tower")}, **changes.pop("model", {})}
     return settings(world, out, stage="hlvlm", model=model, **changes)
+
+
+def uneven_data(world: Path, folder: Path) -> dict[str, Any]:
+    """Data whose steps have from one to several rows, with fewer rows than ranks in some: dummies on one rank."""
+    tokenizer = load_tokenizer(world / "tokenizer")
+    random = np.random.default_rng(5)
+    lengths = [3] * 12 + [60] * 6
+    captions = [np.array([*random.integers(7, 240, n), tokenizer.eos_id]) for n in random.permutation(lengths)]
+    write_shards(folder / "uneven", captions, tokenizer, images=True)
+    text = [np.array([*random.integers(7, 240, 70), tokenizer.eos_id]) for _ in range(9)]
+    write_shards(folder / "long", text, tokenizer, images=False)
+    return {
+        "train": [{"path": str(folder / "uneven")}],
+        "text": [{"path": str(folder / "long")}],
+        "heldout": str(world / "heldout"),
+        "batch_size": 3,
+        "max_tokens": 80,
+        "pad_to": 16,
+        "mix_ratio": 0.6,
+    }
 
 
 def write_shards(folder: Path, captions: list[np.ndarray], tokenizer: Tokenizer, *, images: bool) -> None:
