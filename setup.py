@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megaprior", "megaprior.*"]),
-    package_data={"megaprior.analysis": ["templates/*"]},
+    package_data={"megaprior.analysis": ["templates/*"], "megaprior.export": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.3",
@@ -22,6 +22,7 @@ setup(
         "accelerate>=1.1",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
+        "protobuf>=4.25",
         "tiktoken>=0.8",
         "tokenizers>=0.21",
         "numpy>=1.26",
