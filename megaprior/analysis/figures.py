@@ -1,166 +1,185 @@
-"""Figures as SVG that stands inline in a page and takes the page's colours, so that they read in light and dark.
-
-matplotlib draws in placeholder colours, which become CSS variables. Series differ in dashes and markers too, so that they
-read in black and white. The same data give the same bytes.
-"""
+"""The figures of runs: losses by step and by importance, and the probe as dots. Each says its numbers in words too."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from megaprior.analysis.chart import COLOURS, INK, Chart
+from megaprior.analysis.names import Look, family_name, method_name
 from megaprior.analysis.runs import Run, caption_loss
+from megaprior.analysis.tables import number, percent
 
-_VARIABLES = {"#010101": "var(--ink)", "#020202": "var(--faint)", "#030303": "var(--ntp)", "#040404": "var(--prior)"}
-_INK, _FAINT, _NTP, _PRIOR = _VARIABLES
-_STYLE = {"ntp": {"color": _NTP, "linestyle": (0, (4, 2))}, "prior": {"color": _PRIOR, "linestyle": "-"}}
-NAMES = {"ntp": "NTP", "prior": "PRIOR"}
-
-
-class Chart:
-    """One axes on its own; `svg()` gives the finished figure."""
-
-    def __init__(self, *, x: str, y: str, size: tuple[float, float] = (5.0, 3.1)) -> None:
-        from matplotlib.figure import Figure
-
-        self.figure = Figure(figsize=size, layout="constrained")
-        self.axes = self.figure.add_subplot()
-        self.axes.set_xlabel(x, color=_INK)
-        self.axes.set_ylabel(y, color=_INK)
-        self.axes.tick_params(colors=_INK, length=0)
-        self.axes.grid(axis="y", color=_FAINT, linewidth=0.7)
-        self.axes.set_axisbelow(True)
-        for side, spine in self.axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(_INK)
-
-    def svg(self, *, title: str) -> str:
-        """The figure as an <svg> element, `title` for those who cannot see it."""
-        import matplotlib
-
-        handles, _ = self.axes.get_legend_handles_labels()
-        if handles:
-            place = {
-                "loc": "lower left",
-                "bbox_to_anchor": (-0.02, 1.0),
-                "ncols": 2,
-            }  # above the axes: never over a line
-            self.axes.legend(frameon=False, labelcolor=_INK, handlelength=3, **place)
-        file = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 10.5}):
-            metadata = {"Date": None, "Creator": None, "Format": None, "Type": None, "Title": title}
-            self.figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-        return _inlined(file.getvalue())
+Runs = Mapping[str, Sequence[Run]]  # method -> seeds
+_FAMILIES = (("family1", "o"), ("family2", "s"))  # colour and marker of the first and the second family
+_SPLIT = {"heldout_ntp_above": "o", "heldout_ntp_below": "s"}
 
 
-def _inlined(svg: str) -> str:
-    """Placeholder colours become variables, the page's font is used, and ids are told apart from other figures'."""
-    svg = svg[svg.index("<svg") :]
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+def _style(look: Look) -> dict[str, Any]:
+    return {"color": COLOURS[look.css], "linestyle": "-" if look.dash is None else (0, look.dash)}
 
 
-# ---------------------------------------------------------------- the figures
+def _from_to(name: str, points: Sequence[tuple[float, float]]) -> str:
+    (x, first), (last_x, last) = points[0], points[-1]
+    return f"{name} goes from {number(first)} at {x:g} to {number(last)} at {last_x:g}."
 
 
-def loss_curves(runs: Mapping[str, Sequence[Run]]) -> str | None:
+# ---------------------------------------------------------------- by step
+
+
+def loss_points(run: Run) -> list[tuple[float, float]]:
+    """(step, unweighted loss of the captions), smoothed."""
+    pairs = len(run.trajectory.get("data.train") or []) or 1
+    steps = [line["step"] for line in run.train]
+    return list(zip(steps, smooth([caption_loss(line, pairs) for line in run.train]), strict=True))
+
+
+def heldout_points(run: Run, name: str = "heldout_ntp") -> list[tuple[float, float]]:
+    """(step, held-out loss) where the run measured `name`."""
+    return [(line["step"], line[name]) for line in run.evals if line.get(name) is not None]
+
+
+def limits(curves: Iterable[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
+    """A y axis that holds all the curves, with a little room; None without any."""
+    values = [y for points in curves for _, y in points]
+    if not values:
+        return None
+    room = max(max(values) - min(values), 0.1) * 0.06
+    return min(values) - room, max(values) + room
+
+
+def loss_curves(
+    family: str, runs: Runs, look: Mapping[str, Look], *, y: tuple[float, float] | None = None
+) -> str | None:
     """Training: unweighted loss of the captions by step, smoothed; one line a run."""
-    chart = Chart(x="step", y="loss per caption token, nats")
+    chart, says = Chart(x="step", y="loss per caption token, nats"), []
     for method, seeds in runs.items():
-        for number, run in enumerate(seeds):
-            pairs = len(run.trajectory.get("data.train") or []) or 1
-            steps = [line["step"] for line in run.train]
-            losses = smooth([caption_loss(line, pairs) for line in run.train])
-            label = NAMES[method] if number == 0 else None
-            chart.axes.plot(steps, losses, linewidth=1.8, label=label, **_STYLE[method])
-    return chart.svg(title="Training loss by step") if chart.axes.lines else None
+        for at, points in enumerate(filter(None, map(loss_points, seeds))):
+            label = look[method].name if at == 0 else None
+            chart.axes.plot(*zip(*points, strict=True), linewidth=1.8, label=label, **_style(look[method]))
+            says.append(_from_to(look[method].name, points))
+    chart.limits(y)
+    return chart.svg(title=f"Training loss by step, {family_name(family)}", says=says) if says else None
 
 
-def heldout_curves(runs: Mapping[str, Sequence[Run]]) -> str | None:
+def heldout_curves(
+    family: str, runs: Runs, look: Mapping[str, Look], *, y: tuple[float, float] | None = None
+) -> str | None:
     """Held-out loss by step, of the tokens above and below the threshold on w where the runs measured that."""
-    chart, drawn = Chart(x="step", y="held-out loss, nats"), False
+    chart, says, named = Chart(x="step", y="held-out loss, nats"), [], set()
     for method, seeds in runs.items():
-        for number, run in enumerate(seeds):
-            split = [line for line in run.evals if "heldout_ntp_above" in line]
-            names = {"heldout_ntp_above": "o", "heldout_ntp_below": "s"} if split else {"heldout_ntp": "o"}
-            for name, marker in names.items():
-                lines = [line for line in run.evals if name in line]
-                drawn = drawn or bool(lines)
+        for run in seeds:
+            split = any(name in line for line in run.evals for name in _SPLIT)
+            for name, marker in (_SPLIT if split else {"heldout_ntp": "o"}).items():
+                points = heldout_points(run, name)
+                if not points:
+                    continue
                 words = {"heldout_ntp_above": ", w above ", "heldout_ntp_below": ", w below "}.get(name)
-                label = NAMES[method] + (f"{words}{lines[0]['threshold']:g}" if words and lines else "")
-                chart.axes.plot(
-                    [line["step"] for line in lines],
-                    [line[name] for line in lines],
-                    marker=marker,
-                    markersize=4,
-                    label=label if number == 0 else None,
-                    **_STYLE[method],
-                )
-    return chart.svg(title="Held-out loss by step") if drawn else None
+                threshold = next(line["threshold"] for line in run.evals if name in line) if words else None
+                label = look[method].name + (f"{words}{threshold:g}" if words else "")
+                shown = None if label in named else label
+                named.add(label)
+                style = _style(look[method])
+                chart.axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=shown, **style)
+                says.append(_from_to(label, points))
+    chart.limits(y)
+    return chart.svg(title=f"Held-out loss by step, {family_name(family)}", says=says) if says else None
 
 
-def by_threshold(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+def all_runs(runs: Mapping[str, Runs], look: Mapping[str, Look], *, heldout: bool) -> str | None:
+    """Every run of every family on one axis: the family by colour and marker, the method by its dash."""
+    chart, says = Chart(x="step", y="held-out loss, nats" if heldout else "training loss, nats"), []
+    for (family, methods), (colour, marker) in zip(runs.items(), _repeated(_FAMILIES), strict=False):
+        for method, seeds in methods.items():
+            name = f"{family_name(family)} {method_name(method)}"
+            curves = [heldout_points(run) if heldout else loss_points(run) for run in seeds]
+            for at, points in enumerate(filter(None, curves)):
+                style = {**_style(look[method]), "color": COLOURS[colour]}
+                if heldout:
+                    style |= {"marker": marker, "markersize": 4.5}
+                chart.axes.plot(*zip(*points, strict=True), label=name if at == 0 else None, linewidth=1.6, **style)
+                says.append(_from_to(name, points))
+    title = f"{'Held-out' if heldout else 'Training'} loss by step, all runs"
+    return chart.svg(title=title, says=says) if says else None
+
+
+def _repeated(values: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return list(values) * 8
+
+
+# ---------------------------------------------------------------- by importance (Fig. 9)
+
+
+def threshold_limits(tables: Iterable[Sequence[Mapping[str, Any]]]) -> tuple[float, float] | None:
+    """A y axis for the threshold tables of all families."""
+    return limits(
+        [(row["threshold"], row[side]) for row in table for side in ("above", "below") if row[side] is not None]
+        for table in tables
+    )
+
+
+def by_threshold(
+    family: str,
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    look: Mapping[str, Look],
+    *,
+    y: tuple[float, float] | None = None,
+) -> str | None:
     """Fig. 9: held-out loss of the tokens with w above and below a threshold, for each method."""
-    chart = Chart(x="threshold on w", y="held-out loss, nats")
+    chart, says = Chart(x="threshold on w", y="held-out loss, nats"), []
     for method, table in tables.items():
         for side, marker in (("above", "o"), ("below", "s")):
             points = [(row["threshold"], row[side]) for row in table if row[side] is not None]
             if points:
-                label = f"{NAMES[method]}, w {side}"
-                chart.axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label, **_STYLE[method])
-    return chart.svg(title="Held-out loss above and below a threshold on importance") if chart.axes.lines else None
+                label = f"{look[method].name}, w {side}"
+                style = _style(look[method])
+                chart.axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=label, **style)
+                says.append(_from_to(label, points))
+    chart.limits(y)
+    title = f"Held-out loss above and below a threshold on importance, {family_name(family)}"
+    return chart.svg(title=title, says=says) if says else None
 
 
-def histogram(summary: Mapping[str, Any]) -> str:
-    """How importance is distributed over tokens, in shares; stacked by class where the truth is known."""
-    chart = Chart(x="importance w", y="share of tokens")
-    edges, counts = np.array(summary["histogram"]["edges"]), np.array(summary["histogram"]["counts"])
-    shares = counts / max(counts.sum(), 1)
-    related = summary["histogram"].get("related")
-    width = np.diff(edges) * 0.9
-    label = "all tokens" if related is None else "other words"
-    low = np.zeros_like(shares) if related is None else np.array(related) / max(counts.sum(), 1)
-    if related is not None:
-        chart.axes.bar(edges[:-1], low, width, align="edge", color=_PRIOR, label="image-related words")
-    chart.axes.bar(
-        edges[:-1],
-        shares - low,
-        width,
-        bottom=low,
-        align="edge",
-        color="none",
-        edgecolor=_NTP,
-        hatch="////",
-        label=label,
-    )
-    return chart.svg(title="Histogram of importance")
+# ---------------------------------------------------------------- the probe
 
 
-def by_length(summary: Mapping[str, Any]) -> str | None:
-    """Fig. 8: mean importance of a caption by its length."""
-    bins = summary["by_length"]["bins"]
-    if len(bins) < 2:
+def probe_dots(
+    models: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+    look: Mapping[str, Look],
+    reference: Mapping[str, Any] | None,
+) -> str | None:
+    """One line a method: a dot a seed (open with shuffled images), a bar at the mean; chance is the vertical line."""
+    rows = [
+        (f"{family_name(family)} {method_name(method)}", look[method], known)
+        for family, methods in models.items()
+        for method, seeds in methods.items()
+        if (known := [row for row in seeds if row.get("probe_accuracy") is not None])
+    ]
+    if not rows:
         return None
-    chart = Chart(x="caption length, tokens", y="mean w of the caption")
-    chart.axes.plot([b["length"] for b in bins], [b["mean_w"] for b in bins], marker="o", markersize=4, color=_PRIOR)
-    return chart.svg(title="Mean importance by caption length")
-
-
-def by_position(summary: Mapping[str, Any]) -> str | None:
-    """Fig. 8: mean importance by position in the caption."""
-    points = summary["by_position"]
-    if len(points) < 2:
-        return None
-    chart = Chart(x="position in the caption, tokens", y="mean w")
-    positions = [p["position"] for p in points]
-    chart.axes.plot(positions, [p["mean_w"] for p in points], marker="o", markersize=3, color=_PRIOR)
-    return chart.svg(title="Mean importance by position")
+    names = [name for name, _, _ in rows] + (["reference, text only"] if reference is not None else [])
+    chart = Chart(x="statements told right, %", y="", size=(5.6, 0.8 + 0.34 * len(names)))
+    says = []
+    for at, (name, drawn, known) in enumerate(rows):
+        colour, right = COLOURS[drawn.css], [100 * row["probe_accuracy"] for row in known]
+        shuffled = [row.get("probe_shuffled_accuracy") for row in known]
+        blind = [100 * value for value in shuffled if value is not None]
+        chart.axes.plot(right, [at] * len(right), "o", color=colour, markersize=6.5, alpha=0.85)
+        chart.axes.plot(blind, [at] * len(blind), "o", color=colour, markersize=6.5, fillstyle="none")
+        chart.axes.plot([np.mean(right)] * 2, [at - 0.32, at + 0.32], color=colour, linewidth=2.2)
+        spread = f", from {percent(min(right) / 100)} to {percent(max(right) / 100)}" if len(right) > 1 else ""
+        text = f"{name}: {percent(float(np.mean(right)) / 100)} right{spread}"
+        says.append(f"{text}; {percent(float(np.mean(blind)) / 100)} with shuffled images." if blind else f"{text}.")
+    if reference is not None:
+        chart.axes.plot([100 * reference["accuracy"]], [len(rows)], "D", color=INK, markersize=5.5)
+        says.append(f"The reference, which reads text only: {percent(reference['accuracy'])}. Chance is 50%.")
+    chart.axes.axvline(50, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    chart.axes.set_yticks(range(len(names)), names)
+    chart.axes.set_ylim(len(names) - 0.4, -0.6)
+    chart.axes.grid(axis="y", visible=False)
+    return chart.svg(title="The probe: true statements told from false ones, all runs", says=says)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megaprior.analysis.names import FAMILIES, family_name, joined, method_name
 from megaprior.analysis.tables import mean, number, percent, signed, threshold_means
 
-FAMILIES = {"ulvlm": "U-LVLM", "hlvlm": "H-LVLM"}
+__all__ = ["FAMILIES", "caveats", "findings"]
 
 
 def findings(body: Mapping[str, Any]) -> list[str]:
     """Sentences for the top of the page, from what stands in results.json; plain text."""
     parts = body["importance_by_shards"]
     said = [sentence for name, part in parts.items() for sentence in _importance(part, name if len(parts) > 1 else "")]
+    several = len(body["models"]) > 1
     for family, methods in body["models"].items():
-        said += _losses(family, methods) + _seeing(methods) + _probe(methods, body["reference_probe"])
-    return said
+        where = f"{family_name(family)}: " if several else ""
+        said += (
+            _losses(family, methods, where) + _seeing(methods, where) + _probe(methods, body["reference_probe"], where)
+        )
+    return [*dict.fromkeys(said + _tower(body.get("tower")))]
 
 
 def caveats(body: Mapping[str, Any]) -> list[str]:
@@ -35,8 +40,9 @@ def caveats(body: Mapping[str, Any]) -> list[str]:
             "told from one seed. Repeat with three or more before believing a small difference."
         )
     elif seeds:
+        count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
         said.append(
-            f"{min(seeds)} seeds per method: the tables give each seed's numbers. A difference that is smaller than the spread "
+            f"{count} seeds per method: the tables give each seed's numbers. A difference that is smaller than the spread "
             "between seeds of one method is not an effect."
         )
     if body["models"]:
@@ -67,11 +73,11 @@ def _importance(importance: Mapping[str, Any], name: str) -> list[str]:
     return said
 
 
-def _losses(family: str, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def _losses(family: str, methods: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> list[str]:
     if not {"ntp", "prior"} <= methods.keys():
         return []
     ntp, prior = methods["ntp"], methods["prior"]
-    name = FAMILIES.get(family, family)
+    name = family_name(family)
     kinds = [(field, words) for field, words in _KINDS if None not in (mean(ntp, field), mean(prior, field))]
     if kinds[1:]:
         kinds = [kind for kind in kinds if kind[0] != "loss"]
@@ -82,7 +88,7 @@ def _losses(family: str, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> 
     change = {field: (mean(prior, field) or 0.0) - (mean(ntp, field) or 0.0) for field, _ in kinds}
     row = {method: _half(rows) for method, rows in (("ntp", ntp), ("prior", prior))}
     if row["ntp"] is not None and row["prior"] is not None:
-        said.append(_by_importance(row["ntp"], row["prior"]))
+        said.append(_by_importance(row["ntp"], row["prior"], where))
         change |= {side: row["prior"][side] - row["ntp"][side] for side in ("above", "below")}
     if max(change.get("below", 0.0), change.get("loss_unrelated", 0.0)) >= _SAME:
         said.append(_price(change))
@@ -95,13 +101,13 @@ def _half(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return next(cells, None)
 
 
-def _by_importance(ntp: Mapping[str, Any], prior: Mapping[str, Any]) -> str:
+def _by_importance(ntp: Mapping[str, Any], prior: Mapping[str, Any], where: str) -> str:
     share = ntp["share_above"]
     above = _compared(
         prior["above"], ntp["above"], f"the {percent(share, 0)} of tokens that the reference found hard (w above 0.5)"
     )
     below = _compared(prior["below"], ntp["below"], f"the {percent(1 - share, 0)} that it found easy")
-    return f"The same by importance: {above}; {below}. In the paper's Fig. 9 PRIOR is lower on both sides."
+    return f"{where}The same by importance: {above}; {below}. In the paper's Fig. 9 PRIOR is lower on both sides."
 
 
 def _price(change: Mapping[str, float]) -> str:
@@ -137,37 +143,42 @@ def _compared(prior: float | None, ntp: float | None, words: str) -> str:
     )
 
 
-def _seeing(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def _seeing(methods: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> list[str]:
     parts = []
-    for method, name in (("ntp", "NTP"), ("prior", "PRIOR")):
-        row = next((row for row in methods.get(method, []) if row.get("shuffle_gap_interval")), None)
+    for method, rows in methods.items():
+        row = next((row for row in rows if row.get("shuffle_gap_interval")), None)
         if row is not None:
             low, high = row["shuffle_gap_interval"]
             verdict = "" if low > 0 else ", which does not exclude 0"
-            seed = f", seed {row['seed']}" if len(methods[method]) > 1 else ""
+            seed = f", seed {row['seed']}" if len(rows) > 1 else ""
             parts.append(
-                f"{signed(row['shuffle_gap'])} nats for {name}{seed} (95% interval {signed(low)} to {signed(high)}{verdict})"
+                f"{signed(row['shuffle_gap'])} nats for {method_name(method)}{seed} (95% interval {signed(low)} to "
+                f"{signed(high)}{verdict})"
             )
     if not parts:
         return []
     return [
-        f"Shown another image instead of its own, a caption's loss per token changes by {' and '.join(parts)}. "
+        f"{where}Shown another image instead of its own, a caption's loss per token changes by {joined(parts)}. "
         "A model that ignored images would give 0."
     ]
 
 
-def _probe(methods: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any] | None) -> list[str]:
+def _probe(
+    methods: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, Any] | None, where: str
+) -> list[str]:
     parts = []
-    for method, name in (("ntp", "NTP"), ("prior", "PRIOR")):
-        rows = [row for row in methods.get(method, []) if row.get("probe_accuracy") is not None]
+    for method, seeds in methods.items():
+        rows = [row for row in seeds if row.get("probe_accuracy") is not None]
         if rows:
-            text = f"{name} {percent(mean(rows, 'probe_accuracy'))}"
+            text = f"{method_name(method)} {percent(mean(rows, 'probe_accuracy'))}"
             if mean(rows, "probe_shuffled_accuracy") is not None:
                 text += f" ({percent(mean(rows, 'probe_shuffled_accuracy'))} with shuffled images)"
             parts.append(text)
     if not parts:
         return []
-    text = f"Asked which of two statements about a held-out image is true, where chance is 50%: {', '.join(parts)}"
+    text = (
+        f"{where}Asked which of two statements about a held-out image is true, where chance is 50%: {', '.join(parts)}"
+    )
     if reference is not None:
         text += f"; the text-only reference, which cannot see, {percent(reference['accuracy'])}"
     return [f"{text}.{_ahead(methods)}"]
@@ -187,3 +198,14 @@ def _ahead(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         (_, high), (low, _) = sorted(bounds)
         text += f"; the 95% intervals {'overlap' if low <= high else 'do not overlap'}"
     return text + "."
+
+
+def _tower(tower: Mapping[str, Any] | None) -> list[str]:
+    if tower is None:
+        return []
+    recall, chance = tower["text_to_image"], tower["chance"]["text_to_image_r1"]
+    times = f", {number(recall['r1'] / chance, 0)} times as often" if chance else ""
+    return [
+        f"The vision tower, given a caption, ranks its own image first among {tower['images']:,} in "
+        f"{percent(recall['r1'])} of the cases; chance is {percent(chance, 2)}{times}."
+    ]

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from megaprior.analysis.bootstrap import intervals, owners, per_image
 from megaprior.analysis.importance import RELATED
 from megaprior.errors import DataError
 from megaprior.files import atomic_write, digest_bytes, read_manifest, write_manifest
 
 FORMAT = "megaprior.heldout"
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of w, alpha = 1
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,8 @@ def _mean(values: np.ndarray | None) -> float | None:
 
 
 def _interval(gap: np.ndarray, losses: TokenLosses) -> list[float] | None:
-    known = np.isfinite(gap)
-    owner = losses.image[np.repeat(np.arange(len(losses.ids)), np.diff(losses.cu))]
-    sums = np.bincount(owner, weights=np.where(known, gap, 0.0))  # [G]
-    counts = np.bincount(owner, weights=known)
-    if len(sums) < 2:
-        return None
-    random = np.random.default_rng(0)
-    means = []
-    for _ in range(_RESAMPLES):
-        drawn = random.integers(len(sums), size=len(sums))
-        means.append(sums[drawn].sum() / max(counts[drawn].sum(), 1))
-    return np.percentile(means, [2.5, 97.5]).tolist()
+    sums, counts = per_image(owners(losses.image, losses.cu), gap, np.isfinite(gap))
+    return intervals(sums[:, None], counts[:, None])[0]
 
 
 # ---------------------------------------------------------------- keeping

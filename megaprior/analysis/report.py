@@ -1,7 +1,7 @@
 """`megaprior report`: what the runs showed, as one HTML file that needs nothing else, and as results.json.
 
-    scores + truth -> importance      runs -> curves, time, memory      held-out losses -> tables, heat maps      probe -> table
-    -> findings in plain words -> report.html, results.json
+    scores + truth -> importance      runs -> curves, time, memory      held-out losses -> tables, heat maps, any two runs
+    probe -> table, dots              tower -> retrieval                 -> findings in plain words -> report.html, results.json
 
 Whatever is missing (the truth of words, a probe, a second method, images) leaves its section out and says so.
 """
@@ -14,16 +14,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaprior.analysis import commands as typed
 from megaprior.analysis import tables
 from megaprior.analysis.captions import caption_views
+from megaprior.analysis.compare import comparisons
 from megaprior.analysis.importance import importance_summary, open_scored, read_scores
+from megaprior.analysis.names import by_family, check_name
 from megaprior.analysis.page import render
 from megaprior.analysis.runs import Run, read_lines, read_run
+from megaprior.analysis.tower import read_tower
 from megaprior.data.shards import ShardSet
-from megaprior.errors import DataError
 from megaprior.files import atomic_write
 
-METHODS = ("ntp", "prior")
+TOWER, REFERENCE = "tower", "reference"  # stages that the report knows more about than time and memory
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where everything lies, as it was typed; what each field is stands at `report`."""
+
+    shards: Sequence[Path | str]
+    heldout: Path | str | None
+    scores: str
+    runs: Mapping[str, Mapping[str, Sequence[Path | str]]]
+    stages: Mapping[str, Path | str]
+    probe: Path | str | None
+    times: Path | str | None
+    commands: Sequence[str]
+    captions: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class Sources:
     stages: dict[str, Run]
     times: list[dict[str, Any]]
     reference_probe: dict[str, Any] | None
+    tower: dict[str, Any] | None
     captions: list[dict[str, Any]]
     fingerprints: dict[str, str]
     commands: list[str]
@@ -60,8 +79,9 @@ def report(
     Args:
         shards: scored shard folders, for the sections on importance; the first one's numbers stand in results.json.
         heldout: the shards whose losses `megaprior evaluate --shards` kept in the runs' folders.
-        runs: {"ulvlm": {"ntp": [run folder of each seed], "prior": [...]}}.
-        stages: further runs whose time and memory count, by name; one called "reference" is looked up in `probe` too.
+        runs: {"ulvlm": {"ntp": [run folder of each seed], "prior": [...]}, "hlvlm": {...}}; a method may have any name.
+        stages: further runs whose time and memory count, by name; one called "reference" is looked up in `probe` too, and of one
+            called "tower" the retrieval record in its folder is shown.
         probe: results.jsonl of `megaprior evaluate`.
         times: JSON lines {"stage", "wall_s", "peak_memory_mib", "command"} of what was no run (building, scoring).
         commands: what to type to repeat all this; by default the commands of stages and runs.
@@ -72,10 +92,29 @@ def report(
 
     Raises:
         DataError: a run is not finished, or a file is not what it claims to be.
+        UsageError: a family or a method has a name that no file and no style sheet could carry.
     """
-    sources = _read(shards, heldout, scores, runs or {}, stages or {}, probe, times, commands, captions)
-    body = results_body(sources)
-    page = render(body, runs=sources.runs, captions=sources.captions, title=title)
+    given = Inputs(shards, heldout, scores, runs or {}, stages or {}, probe, times, commands, captions)
+    sources = _read(given)
+    own = typed.reporting(
+        output,
+        single={
+            "results": results,
+            "heldout": heldout,
+            "scores": scores if scores != "ref_logprob" else None,
+            "probe": probe,
+            "times": times,
+            "title": title if title != "PRIOR, end to end" else None,
+        },
+        shards=shards,
+        runs=given.runs,
+        stages=given.stages,
+        commands=commands,
+    )
+    body = results_body(sources) | {"report_command": own}
+    page = render(
+        body, runs=sources.runs, captions=sources.captions, commands=figure_commands(given, sources), title=title
+    )
     for path, text in ((output, page), (results, json.dumps(body, indent=1, allow_nan=False) + "\n")):
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -86,50 +125,63 @@ def report(
 # ---------------------------------------------------------------- reading
 
 
-def _read(
-    shards: Sequence[Path | str],
-    heldout: Path | str | None,
-    scores: str,
-    runs: Mapping[str, Mapping[str, Sequence[Path | str]]],
-    stages: Mapping[str, Path | str],
-    probe: Path | str | None,
-    times: Path | str | None,
-    commands: Sequence[str],
-    captions: int,
-) -> Sources:
-    scored = [ShardSet.open(folder, scores=scores) for folder in shards]
-    held = open_scored(heldout, scores) if heldout is not None else None
-    lines = read_lines(Path(probe)) if probe is not None else []
+def _read(given: Inputs) -> Sources:
+    for family, methods in given.runs.items():
+        for name, what in ((family, "family"), *((method, "method") for method in methods)):
+            check_name(name, what=what)
+    scored = [ShardSet.open(folder, scores=given.scores) for folder in given.shards]
+    held = open_scored(given.heldout, given.scores) if given.heldout is not None else None
+    lines = read_lines(Path(given.probe)) if given.probe is not None else []
     build_id = held.build_id if held is not None else None
-    for methods in runs.values():
-        for method in methods:
-            if method not in METHODS:
-                raise DataError(f"{method!r}: the report compares {' and '.join(METHODS)}")
     trained = {
         family: {
-            m: [read_run(Path(f), results=lines, build_id=build_id) for f in methods[m]]
-            for m in METHODS
-            if methods.get(m)
+            m: [read_run(Path(f), results=lines, build_id=build_id) for f in seeds] for m, seeds in methods.items()
         }
-        for family, methods in runs.items()
+        for family, methods in by_family(given.runs).items()
     }
-    steps = {name: read_run(Path(folder), results=lines, build_id=None) for name, folder in stages.items()}
-    first = next(iter(trained.values()), {})
-    losses = {m: seeds[0].losses for m, seeds in first.items() if seeds[0].losses is not None}
+    steps = {name: read_run(Path(folder), results=lines, build_id=None) for name, folder in given.stages.items()}
+    losses = {
+        family: found
+        for family, methods in trained.items()
+        if (found := {m: seeds[0].losses for m, seeds in methods.items() if seeds and seeds[0].losses is not None})
+    }
     shown = held if held is not None else next(iter(scored), None)
     every = [*steps.values(), *(run for methods in trained.values() for seeds in methods.values() for run in seeds)]
-    extra = read_lines(Path(times)) if times is not None else []
-    typed = [line.get("command") for line in extra] + [run.summary.get("command") for run in every]
+    extra = read_lines(Path(given.times)) if given.times is not None else []
+    known = [line.get("command") for line in extra] + [typed.runnable(run.summary) for run in every]
+    views = caption_views(shown, losses, count=given.captions, tokenizer=shown.tokenizer()) if shown is not None else []
     return Sources(
         importance={folder.folder.name: importance_summary(read_scores(folder)) for folder in scored},
         runs=trained,
         stages=steps,
         times=extra,
-        reference_probe=steps["reference"].probe if "reference" in steps else None,
-        captions=caption_views(shown, losses, count=captions, tokenizer=shown.tokenizer()) if shown is not None else [],
+        reference_probe=steps[REFERENCE].probe if REFERENCE in steps else None,
+        tower=read_tower(steps[TOWER].folder, shards=held.folder.name if held else None) if TOWER in steps else None,
+        captions=views,
         fingerprints=_fingerprints(scored, held, every),
-        commands=list(commands) or [command for command in typed if command],
+        commands=list(given.commands) or [command for command in known if command],
     )
+
+
+def figure_commands(given: Inputs, sources: Sources) -> dict[str, list[str]]:
+    """What made the data of each figure and table, by its key on the page; "runs" and "evaluate" also by family."""
+    found: dict[str, list[str]] = {}
+    every: dict[str, list[Run]] = {
+        family: [run for seeds in methods.values() for run in seeds] for family, methods in sources.runs.items()
+    }
+    every["all"] = [run for runs in every.values() for run in runs]
+    for key, runs in every.items():
+        found[f"runs {key}"] = typed.training(runs)
+        found[f"evaluate {key}"] = typed.evaluating(runs, sources.times, heldout=given.heldout)
+        found[f"probe {key}"] = typed.evaluating(runs, sources.times, heldout=None, flag="--probe")
+    reference = sources.stages[REFERENCE].folder if REFERENCE in sources.stages else None
+    for folder in given.shards:
+        name = Path(folder).resolve().name
+        found[f"score {name}"] = typed.scoring(folder, sources.times, reference=reference, scores=given.scores)
+    if TOWER in sources.stages:
+        tower = [sources.stages[TOWER]]
+        found["tower"] = typed.training(tower) + typed.evaluating(tower, sources.times, heldout=None)
+    return found
 
 
 def _fingerprints(scored: Sequence[ShardSet], held: ShardSet | None, runs: Sequence[Run]) -> dict[str, str]:
@@ -151,12 +203,15 @@ def _fingerprints(scored: Sequence[ShardSet], held: ShardSet | None, runs: Seque
 
 
 def results_body(sources: Sources) -> dict[str, Any]:
-    """The numbers of the report: importance, models by family and method (one entry a seed), stages."""
+    """The numbers of the report: importance, models by family and method (one entry a seed), any two runs, stages."""
     stages = tables.stage_times(sources.times)
-    stages |= {name: tables.stage_row(run.summary) for name, run in sources.stages.items()}
+    stages |= {name: tables.stage_row(run.summary, run.train) for name, run in sources.stages.items()}
     for family, methods in sources.runs.items():
         for method, seeds in methods.items():
-            stages |= {f"{family} {method} seed {run.seed}": tables.stage_row(run.summary) for run in seeds}
+            for run in seeds:
+                name = f"{family} {method} seed {run.seed}"
+                name += f" ({run.folder.name})" if name in stages else ""
+                stages[name] = tables.stage_row(run.summary, run.train)
     first = next(
         iter(sources.importance.values()), {"auroc": None, "related_fraction": None, "related_token_fraction": None}
     )
@@ -168,6 +223,8 @@ def results_body(sources: Sources) -> dict[str, Any]:
             for family, methods in sources.runs.items()
         },
         "reference_probe": sources.reference_probe,
+        "tower": sources.tower,
+        "comparisons": comparisons(sources.runs),
         "stages": stages,
         "fingerprints": sources.fingerprints,
         "commands": sources.commands,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,10 +45,26 @@ def model_row(run: Run) -> dict[str, Any]:
     }
 
 
-def stage_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Time and memory of one stage, from its run's summary or from a line of `times`."""
+def stage_row(summary: Mapping[str, Any], train: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Time and memory of one stage, from its run's summary or from a line of `times`; of a run also what its steps logged.
+
+    `fill` is the mean share of a row's places that hold a real token, `data_wait_s` the seconds that the logged steps waited for
+    data, and `data_wait_share` their share of those steps' time.
+    """
     fields = ("wall_s", "peak_memory_mib", "steps", "loss_tokens_per_s", "restarts", "command")
-    return {field: summary.get(field) for field in fields}
+    wait, seconds = _sum(train, "data_wait_s"), _sum(train, "step_s")
+    return {
+        **{field: summary.get(field) for field in fields},
+        "fill": mean(train, "fill"),
+        "data_wait_s": wait,
+        "data_wait_share": wait / seconds if wait is not None and seconds else None,
+    }
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:
+    """Sum of a field; None unless every row has it."""
+    average = mean(rows, field)
+    return None if average is None else average * len(rows)
 
 
 def stage_times(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -68,6 +86,19 @@ def mean(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:
     if not values or any(value is None for value in values):
         return None
     return sum(values) / len(values)  # type: ignore[arg-type]
+
+
+def spread(rows: Sequence[Mapping[str, Any]], field: str) -> dict[str, Any] | None:
+    """Of a field over two seeds or more: mean, low, high, and the sample standard deviation where there are three.
+
+    None for a single seed, or where a seed has no value.
+    """
+    average = mean(rows, field)
+    if average is None or len(rows) < 2:
+        return None
+    values = [float(row[field]) for row in rows]
+    deviation = statistics.stdev(values) if len(values) >= 3 else None
+    return {"mean": average, "low": min(values), "high": max(values), "std": deviation, "seeds": len(values)}
 
 
 def threshold_means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -117,3 +148,12 @@ def memory(mib: float | None) -> str:
     if mib is None:
         return UNKNOWN
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+
+
+def setting(value: object) -> str:
+    """A configuration's value as it would be typed; what is missing is a dash."""
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else json.dumps(value, default=str)

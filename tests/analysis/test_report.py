@@ -130,8 +130,8 @@ def test_the_page_needs_nothing_else_and_stays_small(full: tuple[Page, str, dict
 def test_everything_is_shown(full: tuple[Page, str, dict]) -> None:
     page, html, _ = full
     assert (
-        html.count("<svg") == 5
-    )  # two curves, the threshold figure, histogram, length (too few captions for positions)
+        html.count("<svg") == 6
+    )  # two curves, the threshold figure, the probe, histogram, length (too few captions for positions)
     assert page.tags.count("img") == 7  # six captions, one of them at the top too
     for words in (
         "What this cannot tell.",
