@@ -212,8 +212,20 @@ def _add_report(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--heldout", type=Path, help="held-out shards that `evaluate --shards` measured (Fig. 9, captions)"
     )
     parser.add_argument("--scores", default="ref_logprob", help="name of the score stream (default: ref_logprob)")
-    parser.add_argument("--run", action="append", default=[], metavar="FAMILY.METHOD=RUN", help="repeat for more seeds")
-    parser.add_argument("--stage", action="append", default=[], metavar="NAME=RUN", help="runs before: time and memory")
+    parser.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="FAMILY.METHOD=RUN",
+        help="a run to show, for example ulvlm.prior=runs/prior; any method name; repeat for more seeds, methods, families",
+    )
+    parser.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        metavar="NAME=RUN",
+        help="runs before: time and memory; `reference` and `tower` also show what was measured of them",
+    )
     parser.add_argument("--probe", type=Path, help="results.jsonl of `evaluate --probe`")
     parser.add_argument("--times", type=Path, help="JSON lines: stage, wall_s, peak_memory_mib, command")
     parser.add_argument("--command", action="append", default=[], help="what to type to repeat all this")
