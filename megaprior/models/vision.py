@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,11 +84,16 @@ def to_pixels(patches: torch.Tensor, *, side: int, mean: tuple[float, ...], std:
     grid = side // patch
     parts = patches.view(-1, grid, grid, patch, patch, 3)  # [I, row, column, height, width, channel]
     images = parts.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, side, side).float()
-    scale, shift = (
-        torch.tensor(values, dtype=torch.float32, device=patches.device).view(3, 1, 1)
-        for values in ([1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
-    )
+    scale, shift = _affine(mean, std, patches.device)
     return torch.addcmul(shift, images, scale)
+
+
+@lru_cache(maxsize=16)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift) of (x / 255 - mean) / std, float32 [3, 1, 1] each; made once, since a copy to a device is a wait."""
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        means, deviations = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
+        return (1 / (255 * deviations)).float().to(device), (-means / deviations).float().to(device)
 
 
 def load_tower(folder: Path | str, preprocessing: Preprocessing, *, dtype: str = "float32") -> VisionTower:

@@ -70,7 +70,7 @@ def test_logits_are_those_of_transformers_llava(clip_folders, lm):
         logits = model.lm_head(model.states(**packed).hidden)
         for number, ids in enumerate(segments):
             images = packed["patches"][number * P : (number + 1) * P]
-            pixels = to_pixels(images, side=32, mean=model.config.image_mean, std=model.config.image_std)
+            pixels = to_pixels(images, side=32, mean=tuple(model.config.image_mean), std=tuple(model.config.image_std))
             theirs = llava(model, clip_folders, lm=lm)(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
             start = int(packed["cu_seqlens"][number])
             # 1.4e-6 was the worst of logits up to 3 that was seen

@@ -185,3 +185,16 @@ def test_two_ranks_equal_one_process(
     assert launch(both, world=1) == [0]
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "local"), rel=0, abs=2e-5)
     assert complete_checkpoints(tmp_path / "both")[0].manifest["frozen"] == one[0].manifest["frozen"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["replicated", "partitioned"])
+def test_bf16_trains_like_fp32_at_first(
+    world: Path, bases: Path, tmp_path: Path, launch: Callable[..., list[int]], placement: str
+) -> None:
+    values = hlvlm_settings(world, bases, tmp_path / "exact", save_every=6)
+    train(config(values))
+    model = {**values["model"], "frozen": placement, "frozen_dtype": "bfloat16"}
+    assert launch({**values, "out": str(tmp_path / "half"), "model": model, "precision": "bf16"}) == [0, 0]
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "exact"), rel=2e-2)
+    assert losses(tmp_path / "half") != pytest.approx(losses(tmp_path / "exact"), rel=1e-5)
