@@ -252,7 +252,7 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
 _MAKE_SCENES = (
     "render the project's own sample: scenes of shapes with web-like captions and the truth about every word",
     """\
-writes pairs/ and heldout/ (WebDataset tars), reference.txt.gz, text.txt.gz and probe/; the same seed gives the same bytes.
+writes pairs/, heldout/, tower/ (WebDataset tars), reference.txt.gz, text.txt.gz and probe/; one seed gives the same bytes.
 
 example:
   megaprior-data make-scenes --output scenes --pairs 4000 --seed 1""",
@@ -281,13 +281,14 @@ def _add_make_scenes(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="true and false statements to tell apart (default: %(default)s)",
     )
+    add("--tower", type=int, default=4000, metavar="N", help="pairs for a small vision tower (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
 
 
 def _make_scenes(options: argparse.Namespace) -> int:
     from megaprior.data_tools.scenes import make_scenes
 
-    counts = {name: getattr(options, name) for name in ("pairs", "heldout", "reference", "text", "probe")}
+    counts = {name: getattr(options, name) for name in ("pairs", "heldout", "reference", "text", "probe", "tower")}
     make_scenes(options.output, **counts, seed=options.seed)
     print(f"{options.output}: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
     return 0

@@ -2,13 +2,14 @@
 or noise, text for the language models, and a probe of what a model sees.
 
     DIR/pairs/00000.tar ...  DIR/heldout/00000.tar   img2dataset-style: KEY.png, KEY.txt, KEY.json
+    DIR/tower/00000.tar ...  the same of yet other scenes: what a vision tower learns from
     DIR/reference.txt.gz     captions of other scenes, one a line: the reference model's corpus
     DIR/text.txt.gz          running text about yet other scenes: the text model's corpus
     DIR/probe/probe.jsonl    {"image", "true", "false", "attribute"} a line, with probe/images/
     DIR/scenes.json          the manifest, written last
 
-No picture occurs twice, in one part or across them. Everything is a function of the counts and the seed, and `pairs` is drawn
-last, so that a larger training set keeps the other parts.
+No picture occurs twice, in one part or across them. Everything is a function of the counts and the seed. `pairs` and then
+`tower` are drawn last, so that more of them keep all that was drawn before.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PROBED = {  # attribute in the probe -> (field of Scene, its values)
 
 
 def make_scenes(
-    output: Path | str, *, pairs: int, heldout: int, reference: int, text: int, probe: int, seed: int
+    output: Path | str, *, pairs: int, heldout: int, reference: int, text: int, probe: int, tower: int, seed: int
 ) -> dict[str, Any]:
     """Writes the folder `output`, whole or not at all, and returns its manifest.
 
@@ -52,18 +53,19 @@ def make_scenes(
         reference, text: lines of captions and of running text.
         probe: items; each scene is shown beside one that differs in a single attribute, with the same two captions, true
             of one and false of the other, so that without the image both are equally likely. An even number.
+        tower: image-caption pairs for a vision tower.
 
     Raises:
         UsageError: a count is negative, `probe` is odd, or there are not that many different scenes.
         DataError: `output` exists, or the disk is full.
     """
-    counts = {"pairs": pairs, "heldout": heldout, "reference": reference, "text": text, "probe": probe}
+    counts = {"pairs": pairs, "heldout": heldout, "reference": reference, "text": text, "probe": probe, "tower": tower}
     for name, count in counts.items():
         if count < 0:
             raise UsageError(f"{name}={count}: a count cannot be negative")
     if probe % 2:
         raise UsageError(f"probe={probe}: probe items come in pairs; give an even number, such as {probe + 1}")
-    needed = pairs + heldout + reference + SCENES_PER_LINE * text + probe
+    needed = pairs + heldout + reference + SCENES_PER_LINE * text + probe + tower
     if needed > MOST_SCENES:
         raise UsageError(
             f"{needed:,} scenes asked for ({SCENES_PER_LINE} a line of text); at most {MOST_SCENES:,} can differ"
@@ -78,6 +80,7 @@ def make_scenes(
         texts = (running_text([source.draw(rng) for _ in range(SCENES_PER_LINE)], rng) for _ in range(text))
         _write_lines(folder / "text.txt.gz", texts)
         words = _write_tars(folder / "pairs", source, pairs, Random(f"{seed}/pairs"))
+        _write_tars(folder / "tower", source, tower, Random(f"{seed}/tower"))
         body = {"format": "megaprior.scenes", "version": 1, "seed": seed, "counts": counts, "words_of_pairs": words}
         return write_manifest(folder / "scenes.json", body)
 

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megaprior.config import configclass
 from megaprior.errors import DataError, UsageError
 from megaprior.models.attention import ATTENTION, Backend, make_packing, register
+from megaprior.models.clip import ClipConfig
 from megaprior.models.folder import from_folder, quiet, read_llama_config
 from megaprior.models.head import LossHead
 from megaprior.models.outputs import States
@@ -46,6 +47,7 @@ class ModelConfig:
         frozen: an H-LVLM's frozen parts on every process ("replicated"), or spread over the ranks of ZeRO-3 ("partitioned") where
             they would not fit; gathering them twice a row costs more than computing with them.
         frozen_dtype: of those parts.
+        clip: the two-tower model of stage=clip.
     """
 
     init: str | None = None
@@ -59,6 +61,7 @@ class ModelConfig:
     tower: TowerConfig = field(default_factory=TowerConfig)
     frozen: Literal["replicated", "partitioned"] = "replicated"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    clip: ClipConfig = field(default_factory=ClipConfig)
 
     @property
     def sizes(self) -> Preset:

@@ -1,6 +1,6 @@
 """What a model hands to an objective.
 
-Letters: T tokens of a row, N loss tokens, P patches, H width.
+Letters: T tokens of a row, N loss tokens, P patches, H width, I images, E width of an embedding.
 """
 
 from __future__ import annotations
@@ -28,3 +28,18 @@ class States(ModelOutput):
     image_index: torch.Tensor | None = None
     vision: torch.Tensor | None = None
     cls: torch.Tensor | None = None
+
+
+@dataclass
+class PairStates(ModelOutput):
+    """What a two-tower model says of the pairs of one row; pair i is image i and caption i.
+
+    Attributes:
+        images: [I, E] one embedding for each image, of length 1.
+        captions: [I, E] one for each caption, likewise.
+        scale: 0-d, the inverse temperature that their products are multiplied with.
+    """
+
+    images: torch.Tensor | None = None
+    captions: torch.Tensor | None = None
+    scale: torch.Tensor | None = None

@@ -53,3 +53,42 @@ PRESETS = {
         limit=1024,
     ),
 }
+
+
+@dataclass(frozen=True)
+class ClipPreset:
+    """Sizes of a small two-tower model.
+
+    Attributes:
+        vision, text: fields of transformers' CLIPVisionConfig and CLIPTextConfig.
+        projection_dim: width of the embeddings that are compared.
+    """
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    projection_dim: int
+
+
+CLIP_PRESETS = {
+    # For CPUs: 1.0M parameters in the vision tower, 0.4M in the text tower beside the vocabulary's.
+    "tiny": ClipPreset(
+        vision={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "patch_size": 16,
+            "hidden_act": "gelu",
+        },
+        text={
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "hidden_act": "gelu",
+        },
+        projection_dim=128,
+    ),
+}

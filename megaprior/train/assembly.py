@@ -12,21 +12,26 @@ from megaprior.data.loader import Loader
 from megaprior.data.manifest import read_build, refuse_other_tokenizer, tokenizer_entry
 from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
+from megaprior.models.clip import Clip, ClipConfig, build_clip
 from megaprior.models.hlvlm import HLVLM, build_hlvlm
 from megaprior.models.lm import TextLM, build_text_lm
 from megaprior.models.ulvlm import build_ulvlm
 from megaprior.models.vision import TowerConfig
-from megaprior.objectives.base import Step
+from megaprior.objectives.base import Objective, Step
+from megaprior.objectives.clip import ClipContrast
 from megaprior.objectives.weighted_ntp import WeightedNTP
 from megaprior.telemetry import say
 from megaprior.tokenizer import Tokenizer, load_model_tokenizer, load_tokenizer
 from megaprior.train.checkpoint import resolve_model
 from megaprior.train.engine import LocalEngine
+from megaprior.train.pairs import refuse_text
 from megaprior.train.settings import RunConfig
 
 if TYPE_CHECKING:
     from megaprior.distributed import Peers
     from megaprior.train.engine import Engine
+
+Model = TextLM | HLVLM | Clip
 
 
 def resolve_init(cfg: RunConfig) -> RunConfig:
@@ -37,7 +42,9 @@ def resolve_init(cfg: RunConfig) -> RunConfig:
 
 def started_from(cfg: RunConfig, folder: Path) -> RunConfig:
     """`cfg` with its model read from `folder`, one that this run saved itself."""
-    model = replace(cfg.model, init=str(folder), llama={}, preset=None, patch=None, limit=None, tower=TowerConfig())
+    clip = ClipConfig(smallest_crop=cfg.model.clip.smallest_crop, flip=cfg.model.clip.flip)  # no sizes beside a folder
+    sizes = {"llama": {}, "preset": None, "patch": None, "limit": None, "tower": TowerConfig(), "clip": clip}
+    model = replace(cfg.model, init=str(folder), **sizes)
     return replace(cfg, model=model)
 
 
@@ -61,17 +68,20 @@ def open_tokenizer(cfg: RunConfig) -> Tokenizer:
     return tokenizer
 
 
-def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> TextLM | HLVLM:
+def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> Model:
     """The stage's model in training mode, from `model.init` or from random weights.
 
     Raises:
-        UsageError, DataError: as `build_text_lm`, `build_ulvlm` and `build_hlvlm`.
+        UsageError, DataError: as `build_text_lm`, `build_ulvlm`, `build_hlvlm` and `build_clip`.
     """
     ids = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     if cfg.stage == "ulvlm":
         model = build_ulvlm(cfg.model, **ids, roles=tokenizer.reserved_roles(), seed=cfg.seed)
     elif cfg.stage == "hlvlm":
         model = build_hlvlm(cfg.model, vocab_size=tokenizer.vocab_size, image_id=image_id(tokenizer), seed=cfg.seed)
+    elif cfg.stage == "clip":
+        of = cfg.model
+        model = build_clip(of.clip, init=of.init, preset=of.preset, dtype=of.dtype, **ids, seed=cfg.seed)
     else:
         model = build_text_lm(cfg.model, **ids, seed=cfg.seed)
     if cfg.activation_checkpointing == "full":
@@ -84,7 +94,7 @@ def image_id(tokenizer: Tokenizer) -> int | None:
     return (tokenizer.reserved_roles() or {}).get("patch")
 
 
-def vision_spec(model: TextLM | HLVLM) -> VisionSpec | None:
+def vision_spec(model: Model) -> VisionSpec | None:
     """How the model sees images; None for a text LM."""
     return VisionSpec.of(model.config)
 
@@ -93,7 +103,7 @@ def open_loader(
     cfg: RunConfig, tokenizer: Tokenizer, spec: VisionSpec | None, *, rank: int = 0, world: int = 1, start: int = 0
 ) -> Loader:
     """The run's batches from the one after `start` updates on."""
-    return Loader(
+    loader = Loader(
         cfg.data,
         seed=cfg.seed,
         weighting=cfg.weighting,
@@ -103,23 +113,31 @@ def open_loader(
         world=world,
         start_step=start,
     )
+    if cfg.stage == "clip":
+        refuse_text(loader)
+    return loader
 
 
-def local_engine(cfg: RunConfig, model: TextLM | HLVLM, *, groups: int) -> LocalEngine:
+def objective(cfg: RunConfig) -> Objective:
+    """What the stage minimises."""
+    return ClipContrast() if cfg.stage == "clip" else WeightedNTP()
+
+
+def local_engine(cfg: RunConfig, model: Model, *, groups: int) -> LocalEngine:
     """Plain PyTorch on one process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module = Step(model, WeightedNTP())
+    module = Step(model, objective(cfg))
     return LocalEngine(module, cfg.optim, precision=cfg.precision, device=device, groups=groups)
 
 
-def build_engine(cfg: RunConfig, model: TextLM | HLVLM, *, peers: Peers, groups: int, universal: bool) -> Engine:
+def build_engine(cfg: RunConfig, model: Model, *, peers: Peers, groups: int, universal: bool) -> Engine:
     """The configured engine; `universal` says that its state comes from another number of ranks."""
     if cfg.engine == "local":
         return local_engine(cfg, model, groups=groups)
     from megaprior.train.zero3 import Zero3Engine, read_extras
 
     extras = read_extras(cfg.zero) if isinstance(cfg.zero, Path) else cfg.zero
-    module = Step(model, WeightedNTP())
+    module = Step(model, objective(cfg))
     return Zero3Engine(
         module, cfg.optim, peers=peers, precision=cfg.precision, extras=extras, groups=groups, universal=universal
     )

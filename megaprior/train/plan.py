@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megaprior.data.vision import VisionSpec
+from megaprior.models.clip import describe_clip
 from megaprior.models.folder import model_type
 from megaprior.models.hlvlm import HLVLMConfig, describe_hlvlm, read_hlvlm_config
 from megaprior.models.lm import TextLM, start_config
 from megaprior.models.ulvlm import ULVLM, ULVLMConfig
 from megaprior.tokenizer import VISION_ROLES, Tokenizer
 from megaprior.train.assembly import image_id, open_loader, open_tokenizer
+from megaprior.train.pairs import contrast_notes
 from megaprior.train.settings import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig
 
 
 def describe_plan(cfg: RunConfig, *, world: int) -> str:
     """The run in a few lines: model, data, the first step, and the whole; `cfg` is resolved (`assembly.resolve_init`)."""
     tokenizer = open_tokenizer(cfg)
-    parameters, spec = _shape(cfg, tokenizer)
+    clip: Any = None
+    if cfg.stage == "clip":
+        parameters, clip = _clip_shape(cfg, tokenizer)
+        spec = VisionSpec.of(clip)
+    else:
+        parameters, spec = _shape(cfg, tokenizer)
     loader = open_loader(cfg, tokenizer, spec, world=world)
     try:
+        positions = clip.text_config.max_position_embeddings if clip else 0
+        notes = contrast_notes(loader, positions=positions, world=world) if clip else []
         ids = loader.sample_ids(0)
         lengths = loader.corpus.lengths(ids)
     finally:
@@ -37,6 +49,7 @@ def describe_plan(cfg: RunConfig, *, world: int) -> str:
             f"in at least {-(-tokens // row)} rows of at most {row:,} tokens",
             f"run: {cfg.steps:,} steps, about {cfg.steps * loss:,} loss tokens; weighting {cfg.weighting.kind}; "
             f"lr {cfg.optim.lr:g} {cfg.optim.schedule}; a checkpoint every {cfg.save_every:,} steps",
+            *notes,
         ]
     )
 
@@ -60,6 +73,17 @@ def _shape(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[str, VisionSpec | None
         else:
             model = TextLM(llama)
     return f"{model.num_parameters():,} parameters", VisionSpec.of(model.config)
+
+
+def _clip_shape(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[str, CLIPConfig]:
+    from transformers import CLIPModel
+
+    ids = {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    config = describe_clip(cfg.model.clip, init=cfg.model.init, preset=cfg.model.preset, **ids)
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    seen = sum(p.numel() for p in model.vision_model.parameters())
+    return f"{model.num_parameters():,} parameters, {seen:,} of them in the vision tower", config
 
 
 def _hlvlm_shape(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[str, VisionSpec | None]:

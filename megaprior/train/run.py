@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from megaprior.distributed import Peers, Watchdog, connect, digest, place
+from megaprior.models.clip import Clip
 from megaprior.telemetry import MetricsLog, say
 from megaprior.train import assembly
 from megaprior.train.checkpoint import Checkpoint
 from megaprior.train.evaluation import HeldOut
 from megaprior.train.loop import run_loop
+from megaprior.train.pairs import contrast_notes
 from megaprior.train.plan import describe_plan
 from megaprior.train.record import (
     Record,
@@ -97,6 +99,9 @@ def _train(
     spec, start = assembly.vision_spec(model), resumed.step if resumed else 0
     loader = assembly.open_loader(cfg, tokenizer, spec, rank=here.rank, world=here.world, start=start)
     stack.callback(loader.close)
+    if isinstance(model, Clip) and here.rank == 0:
+        for note in contrast_notes(loader, positions=model.positions, world=here.world):
+            say(note)
     universal = resumed is not None and resumed.manifest["world"] != here.world
     engine = assembly.build_engine(cfg, model, peers=peers, groups=len(loader.sources), universal=universal)
     if resumed is not None:

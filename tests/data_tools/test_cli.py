@@ -130,9 +130,9 @@ def test_a_closed_pipe_is_no_error(shards: Path) -> None:
 
 
 def test_make_scenes_hands_its_counts_on(command: Command, tmp_path: Path) -> None:
-    sizes = ["--pairs", 3, "--heldout", 2, "--reference", 4, "--text", 5, "--probe", 4, "--seed", 7]
+    sizes = ["--pairs", 3, "--heldout", 2, "--reference", 4, "--text", 5, "--probe", 4, "--tower", 6, "--seed", 7]
     code, said, _ = command("make-scenes", "--output", tmp_path / "scenes", *sizes)
-    assert (code, said) == (0, f"{tmp_path}/scenes: 3 pairs, 2 heldout, 4 reference, 5 text, 4 probe\n")
+    assert (code, said) == (0, f"{tmp_path}/scenes: 3 pairs, 2 heldout, 4 reference, 5 text, 4 probe, 6 tower\n")
     assert (tmp_path / "scenes" / "reference.txt.gz").exists()
 
 

@@ -25,8 +25,8 @@ from megaprior.data_tools.scenes import make_scenes
 from megaprior.errors import DataError, UsageError
 from megaprior.files import read_manifest
 
-COUNTS = {"pairs": 2005, "heldout": 40, "reference": 300, "text": 200, "probe": 100}
-FEW = {"pairs": 8, "heldout": 4, "reference": 5, "text": 3, "probe": 10}
+COUNTS = {"pairs": 2005, "heldout": 40, "reference": 300, "text": 200, "probe": 100, "tower": 60}
+FEW = {"pairs": 8, "heldout": 4, "reference": 5, "text": 3, "probe": 10, "tower": 6}
 
 # What a reader would call related to the image, and what nobody could know; all other words are boilerplate.
 SEEN = set(
@@ -225,8 +225,9 @@ def test_text_files_share_the_vocabulary(folder: Path, pairs: list[dict[str, Any
 
 def test_no_picture_occurs_twice(folder: Path, pairs: list[dict[str, Any]]) -> None:
     probed = [(folder / "probe" / item["image"]).read_bytes() for item in read_probe(folder)]
-    images = [pair["png"] for pair in [*pairs, *read_tars(folder / "heldout")]] + probed
-    assert len(images) == 2005 + 40 + 100
+    others = [*read_tars(folder / "heldout"), *read_tars(folder / "tower")]
+    images = [pair["png"] for pair in [*pairs, *others]] + probed
+    assert len(images) == 2005 + 40 + 60 + 100
     assert len(set(images)) == len(images)
 
 
@@ -289,12 +290,22 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
     assert read_tars(tmp_path / "more" / "pairs")[:8] == read_tars(tmp_path / "one" / "pairs")
 
 
+def test_more_for_the_tower_keeps_every_other_byte(tmp_path: Path) -> None:
+    for name, count in (("none", 0), ("some", 6), ("more", 9)):
+        make_scenes(tmp_path / name, **{**FEW, "tower": count}, seed=1)
+    none, some, more = (files_of(tmp_path / name) for name in ("none", "some", "more"))
+    new = {"tower/00000.tar", "scenes.json"}
+    assert {name for name in some if none.get(name) != some[name]} == new
+    assert {name for name in some if more[name] != some[name]} == new
+    assert read_tars(tmp_path / "more" / "tower")[:6] == read_tars(tmp_path / "some" / "tower")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"heldout": -1}, "heldout=-1: a count cannot be negative"),
         ({"probe": 501}, "probe=501: probe items come in pairs; give an even number, such as 502"),
-        ({"pairs": 200_000}, r"200,028 scenes asked for \(3 a line of text\); at most 200,000 can differ"),
+        ({"pairs": 200_000}, r"200,034 scenes asked for \(3 a line of text\); at most 200,000 can differ"),
     ],
 )
 def test_impossible_counts_are_refused(change: dict[str, int], message: str, tmp_path: Path) -> None:
