@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megaprior import __version__
+from megaprior.cli_export import add_caption, add_export, add_import
 from megaprior.errors import MegapriorError, UsageError
 
 _STORY = """\
@@ -21,6 +22,9 @@ the story, one way through:
   megaprior train launch/configs/ulvlm.yaml weighting.kind=prior ...     shards + scores -> vision-language model
   megaprior evaluate --model RUN --probe FILE --output results.jsonl     checkpoint -> results
   megaprior report --output report.html ...                              runs + results -> one HTML file
+  megaprior export RUN --output DIR                                      checkpoint -> a folder for transformers
+  megaprior caption DIR IMAGE...                                         images -> captions, coloured by probability
+  megaprior import FOLDER --output DIR                                   Llama, CLIP, LLaVA -> where training starts
 every verb answers --help; long work resumes by repeating the same command.
 exit codes: 0 done, 1 bug or failure, 2 usage, 65 data refused, 75 stopped in good order (repeat the command).
 """
@@ -66,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(verb)
     _add_evaluate(verb)
     _add_report(verb)
+    add_export(verb)
+    add_caption(verb)
+    add_import(verb)
     return parser
 
 

@@ -18,16 +18,24 @@ from megaprior.tokenizer.formats import Llama3
 from megaprior.train.checkpoint import FORMAT, MANIFEST, resolve_model
 
 UNKNOWN = "unknown"
-_NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+NOTICES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
+LICENSES = "licenses"  # the folder of an export that holds its bases' notices
 _LONGEST_CHAIN = 8  # stages that a model is followed back through
 
+# Class of the model, of the processor, what both need to be told, what the processor reads.
 _SNIPPETS = {
-    "text": ("AutoModelForCausalLM", "AutoTokenizer", "", '"A photo of", return_tensors="pt"'),
-    "ulvlm": ("AutoModelForCausalLM", "AutoProcessor", ", trust_remote_code=True", 'images=Image.open("photo.jpg")'),
+    "text": ("AutoModelForCausalLM", "AutoTokenizer", "", "", '"A photo of", return_tensors="pt"'),
+    "ulvlm": (
+        "AutoModelForCausalLM",
+        "AutoProcessor",
+        *[", trust_remote_code=True"] * 2,
+        'images=Image.open("photo.jpg")',
+    ),
     "hlvlm": (
         "LlavaForConditionalGeneration",
         "AutoProcessor",
         "",
+        ', backend="pil"',
         'images=Image.open("photo.jpg").convert("RGB"), text="<image>", return_tensors="pt"',
     ),
 }
@@ -60,14 +68,15 @@ class Notice:
 
 def snippet(kind: str, path: str) -> list[str]:
     """Python lines that load the folder `path` and generate."""
-    auto, processor, remote, call = _SNIPPETS[kind]
+    auto, processor, model_option, processor_option, call = _SNIPPETS[kind]
     return [
         *(["from PIL import Image"] if kind != "text" else []),
         f"from transformers import {auto}, {processor}",
         "",
-        f'model = {auto}.from_pretrained("{path}"{remote})',
-        f'processor = {processor}.from_pretrained("{path}"{remote})',
-        f"ids = model.generate(**processor({call}), max_new_tokens=40)",
+        f'model = {auto}.from_pretrained("{path}"{model_option})',
+        f'processor = {processor}.from_pretrained("{path}"{processor_option})',
+        f"inputs = processor({call})",
+        "ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)",
         "print(processor.decode(ids[0], skip_special_tokens=True))",
     ]
 
@@ -109,15 +118,15 @@ def base_notices(places: Sequence[Path], folder: Path) -> list[Notice]:
         for base in _ancestors(place):
             if base in found:
                 continue
-            files = sorted({file for pattern in _NOTICES for file in base.glob(pattern) if file.is_file()})
+            files = sorted({file for pattern in NOTICES for file in base.glob(pattern) if file.is_file()})
             license = _front_matter(base / "README.md").get("license")
             if not files and not license:
                 continue
             name = f"{len(found)}_{base.name}"
             for file in files:
-                (folder / "licenses" / name).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, folder / "licenses" / name / file.name)
-            copied = tuple(f"licenses/{name}/{file.name}" for file in files)
+                (folder / LICENSES / name).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / LICENSES / name / file.name)
+            copied = tuple(f"{LICENSES}/{name}/{file.name}" for file in files)
             found[base] = Notice(base.name, str(license or UNKNOWN), copied)
     return list(found.values())
 

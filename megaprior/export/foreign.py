@@ -108,7 +108,7 @@ def load_foreign(folder: Path, *, dtype: str = "float32") -> Foreign:
     try:
         with quiet():
             if kind == "llava":
-                processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+                processor = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
             else:
                 processor = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -125,18 +125,18 @@ def load_foreign(folder: Path, *, dtype: str = "float32") -> Foreign:
 
 
 def _text(ours: TextLM, tokenizer: Tokenizer) -> Foreign:
-    config = LlamaConfig(**{**_plain(ours.config), "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
-    model = _shell(LlamaForCausalLM, config)
+    config = LlamaConfig(**{**plain(ours.config), "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    model = shell(LlamaForCausalLM, config)
     model.load_state_dict(ours.state_dict(), assign=True)
     return Foreign("text", _finished(model, tokenizer, silent=()), _fast(tokenizer, config.max_position_embeddings))
 
 
 def _ulvlm(ours: ULVLM, tokenizer: Tokenizer) -> Foreign:
-    config = ULVLMConfig(**{**_plain(ours.config), "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    config = ULVLMConfig(**{**plain(ours.config), "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
     classes = {"AutoModelForCausalLM": ULVLMForCausalLM, "AutoModelForImageTextToText": ULVLMForCausalLM}
     classes |= {"AutoConfig": ULVLMConfig, "AutoProcessor": ULVLMProcessor}
     config.auto_map = {auto: f"{PORTABLE}.{kind.__name__}" for auto, kind in classes.items()}
-    model = _shell(ULVLMForCausalLM, config)
+    model = shell(ULVLMForCausalLM, config)
     model.load_state_dict(ours.state_dict(), assign=True)
     assert config.vision_roles is not None
     silent = tuple(config.vision_roles.values())
@@ -150,7 +150,7 @@ def _llava(ours: HLVLM, tokenizer: Tokenizer) -> Foreign:
     image_id, rows = ours.config.image_token_index, ours.lm.config.vocab_size
     if image_id >= rows:  # the tokenizer reserves none: the first id after the tokenizer's own, spare row or new one
         image_id = min(tokenizer.vocab_size, rows)
-    text = {**_plain(ours.lm.config), "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    text = {**plain(ours.lm.config), "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = LlavaConfig(
         text_config=LlamaConfig(**text),
         vision_config=tower.config,
@@ -162,7 +162,7 @@ def _llava(ours: HLVLM, tokenizer: Tokenizer) -> Foreign:
         multimodal_projector_bias=ours.config.multimodal_projector_bias,
         tie_word_embeddings=ours.lm.config.tie_word_embeddings,
     )
-    model = _shell(LlavaForConditionalGeneration, config)
+    model = shell(LlavaForConditionalGeneration, config)
     model.model.vision_tower.load_state_dict(tower.state_dict(), assign=True)
     model.model.multi_modal_projector.load_state_dict(ours.projector.state_dict(), assign=True)
     model.model.language_model.load_state_dict(ours.lm.model.state_dict(), assign=True)
@@ -198,11 +198,11 @@ def image_processor(config: Any) -> Any:
 # ---------------------------------------------------------------- parts
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in _PASSING}
 
 
-def _shell(kind: type[Any], config: Any) -> Any:
+def shell(kind: type[Any], config: Any) -> Any:
     """The module without weights: parameters on the meta device, buffers (rotary frequencies, positions) real."""
     from accelerate import init_empty_weights
 

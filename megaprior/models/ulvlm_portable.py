@@ -68,8 +68,11 @@ class ULVLMForCausalLM(LlamaForCausalLM):
         self,
         input_ids: torch.Tensor | None = None,
         patches: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **arguments: Any,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
     ) -> Any:
         """As LlamaForCausalLM, with images.
 
@@ -77,7 +80,8 @@ class ULVLMForCausalLM(LlamaForCausalLM):
             input_ids: int64 [B, T].
             patches: uint8 [B, P, D] in the order of the patch tokens of each sequence; where a sequence has fewer than P,
                 the rest is ignored. None for text, and in later steps of generation with a cache.
-            arguments: LlamaForCausalLM's own, which differ between releases of transformers.
+            attention_mask, position_ids, inputs_embeds, logits_to_keep: as LlamaForCausalLM's. `generate` looks for the names.
+            kwargs: the rest of LlamaForCausalLM's (its cache, labels), whose names differ between releases of transformers.
 
         Raises:
             ValueError: a sequence has more patch tokens than patches.
@@ -86,7 +90,14 @@ class ULVLMForCausalLM(LlamaForCausalLM):
             assert input_ids is not None
             inputs_embeds, input_ids = self.embed_images(input_ids, patches), None
         llama: Any = super()
-        return llama.forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)
+        return llama.forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
 
     def embed_images(self, input_ids: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Token embeddings [B, T, H] with each patch added at its token."""
@@ -110,12 +121,12 @@ class ULVLMForCausalLM(LlamaForCausalLM):
         patches: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         use_cache: bool | None = True,
-        **arguments: Any,
+        **kwargs: Any,  # under this name, or `generate` takes no input but those above
     ) -> dict[str, Any]:
         """The patches enter once; without a cache, at every step."""
         llama: Any = super()
         inputs = llama.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **arguments
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
         if is_first_iteration or not use_cache:
             inputs["patches"] = patches

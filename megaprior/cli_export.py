@@ -1,0 +1,88 @@
+"""The verbs `export`, `caption` and `import` of the command `megaprior`: what leaves it, and what enters."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+Verb = Callable[..., argparse.ArgumentParser]
+
+
+def add_export(verb: Verb) -> None:
+    """`megaprior export`."""
+    parser = verb(
+        "export",
+        _export,
+        "write a trained model as a folder that Hugging Face's transformers loads, and prove that it is the same model",
+        "megaprior export runs/prior --output exports/prior",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run folder, a checkpoint, or a model's folder")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to make; it must not exist")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights (default: float32)"
+    )
+    parser.add_argument("--max-shard-size", default="5GB", help="of one safetensors file (default: 5GB)")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="compare tensors only, not logits: those take memory for all weights in float32",
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megaprior.export import export
+    from megaprior.export.writing import next_steps
+
+    done = export(
+        options.model,
+        options.output,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        check=not options.no_check,
+    )
+    print(f"{options.output}\n\nnext:\n\n{next_steps(options.output, done['kind'])}")
+    return 0
+
+
+def add_caption(verb: Verb) -> None:
+    """`megaprior caption`."""
+    parser = verb(
+        "caption",
+        _caption,
+        "print a model's caption of each image, its tokens coloured by log-probability",
+        "megaprior caption exports/prior photo.jpg other.png",
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="an export, a run folder, a checkpoint, or a model's folder"
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG, WebP, GIF or BMP files")
+    parser.add_argument("--max-tokens", type=int, default=40, help="where a caption is cut (default: 40)")
+    parser.add_argument("--numbers", action="store_true", help="print each token's log-probability behind it")
+
+
+def _caption(options: argparse.Namespace) -> int:
+    from megaprior.caption import caption
+
+    caption(options.model, options.images, max_tokens=options.max_tokens, numbers=options.numbers)
+    return 0
+
+
+def add_import(verb: Verb) -> None:
+    """`megaprior import`."""
+    parser = verb(
+        "import",
+        _import,
+        "turn a Llama, CLIP or LLaVA folder, or an export of ours, into starting points for training",
+        "megaprior import llava-1.5-7b-hf --output bases/llava",
+    )
+    parser.add_argument("model", type=Path, metavar="FOLDER", help="a Hugging Face folder with safetensors weights")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to make; it must not exist")
+
+
+def _import(options: argparse.Namespace) -> int:
+    from megaprior.importing import import_model
+
+    done = import_model(options.model, options.output)
+    print("\n".join([str(options.output), "", "start from it with:", "", *(f"    {line}" for line in done.lines)]))
+    return 0
