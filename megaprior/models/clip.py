@@ -31,7 +31,7 @@ from megaprior.models.augmentation import Augmentation
 from megaprior.models.folder import load_whole, model_type, quiet
 from megaprior.models.outputs import PairStates
 from megaprior.models.presets import CLIP_PRESETS
-from megaprior.models.vision import CLIP_MEAN, CLIP_STD, Preprocessing, read_preprocessing, to_pixels
+from megaprior.models.vision import CLIP_MEAN, CLIP_STD, Preprocessing, image_processor, read_preprocessing, to_pixels
 
 MOST_SCALE = 100.0  # of the inverse temperature, as CLIP's authors have it
 _LEGACY_EOS = 2
@@ -178,7 +178,7 @@ class Clip(nn.Module):
             stock = CLIPModel(self.config)
         with quiet():
             stock.save_pretrained(save_directory, state_dict=weights, max_shard_size=max_shard_size)
-        _image_processor(self.config.vision_config.image_size, self.preprocessing).save_pretrained(save_directory)
+        image_processor(self.config.vision_config.image_size, self.preprocessing).save_pretrained(save_directory)
 
 
 def build_clip(
@@ -299,16 +299,3 @@ def _sizes(kind: type[Any], name: str, values: dict[str, Any]) -> Any:
 
 def _stock_name(name: str) -> str:
     return "logit_scale" if name == _TEMPERATURE else name
-
-
-def _image_processor(side: int, said: Preprocessing) -> Any:
-    """transformers' own, that makes of an image what `policy` says."""
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
-    whole, values = {"height": side, "width": side}, {"image_mean": list(said.mean), "image_std": list(said.std)}
-    if said.policy == "pad":
-        return LlavaImageProcessorPil(size={"shortest_edge": side}, crop_size=whole, do_pad=True, **values)
-    if said.policy == "square":
-        return CLIPImageProcessorPil(size=whole, crop_size=whole, do_center_crop=False, **values)
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=whole, **values)

@@ -153,6 +153,19 @@ def read_preprocessing(folder: Path | str, policy: Literal["auto", "square", "pa
     return Preprocessing(found if policy == "auto" and found else _named(policy), mean, std)
 
 
+def image_processor(side: int, preprocessing: Preprocessing) -> Any:
+    """transformers' own, with Pillow, that makes of any image the pixels that a tower of `side` pixels sees."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    whole, mean, std = {"height": side, "width": side}, list(preprocessing.mean), list(preprocessing.std)
+    edge = whole if preprocessing.policy == "square" else {"shortest_edge": side}
+    if preprocessing.policy == "pad":
+        return LlavaImageProcessorPil(size=edge, crop_size=whole, do_pad=True, image_mean=mean, image_std=std)
+    crop = preprocessing.policy == "crop"
+    return CLIPImageProcessorPil(size=edge, crop_size=whole, do_center_crop=crop, image_mean=mean, image_std=std)
+
+
 def _policy(said: dict[str, Any]) -> Policy | None:
     """The policy that an image processor's configuration describes."""
     size = said.get("size", {})
