@@ -173,7 +173,7 @@ def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser = verb(
         "evaluate",
         _evaluate,
-        "probe a saved checkpoint with true and false statements, and measure its held-out loss token by token",
+        "probe a saved checkpoint with true and false statements, and measure its held-out loss, or a tower's retrieval",
         "megaprior evaluate --model runs/prior --probe scenes/probe/probe.jsonl --output runs/results.jsonl",
     )
     parser.add_argument(
@@ -181,7 +181,11 @@ def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--probe", type=Path, help="probe items, JSON lines: image, true, false, attribute")
     parser.add_argument("--output", type=Path, help="results.jsonl for the probe; one line per checkpoint and probe")
-    parser.add_argument("--shards", type=Path, help="held-out shards: the loss with true and with shuffled images")
+    parser.add_argument(
+        "--shards",
+        type=Path,
+        help="held-out shards: the loss with true and with shuffled images; of a tower, retrieval",
+    )
     parser.add_argument(
         "--scores", default="ref_logprob", help="score stream that splits the loss (default: ref_logprob)"
     )
@@ -191,6 +195,15 @@ def _add_evaluate(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     if options.probe is None and options.shards is None:
         raise UsageError("evaluate: give --probe FILE, --shards DIR, or both")
+    from megaprior.retrieval import is_clip, retrieval
+
+    if is_clip(options.model):
+        if options.shards is None or options.probe is not None:
+            raise UsageError(
+                f"evaluate: {options.model} compares images with captions and says no words: it takes --shards alone"
+            )
+        retrieval(options.model, options.shards, captions=options.captions)
+        return 0
     if options.probe is not None:
         if options.output is None:
             raise UsageError("evaluate: --probe needs --output FILE for its line of results")
