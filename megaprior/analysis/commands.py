@@ -42,8 +42,13 @@ def evaluating(
         if timed:
             found.append(shlex.join(timed[-1]))
         elif flag == "--shards" and heldout is not None and run.losses is not None:
-            found.append(shlex.join(["megaprior", "evaluate", "--model", str(run.folder), "--shards", str(heldout)]))
+            found.append(measuring(run.folder, heldout))
     return _once(found)
+
+
+def measuring(model: Path | str, shards: Path | str) -> str:
+    """The `megaprior evaluate` that measures a run on shards."""
+    return shlex.join(["megaprior", "evaluate", "--model", str(model), "--shards", str(shards)])
 
 
 def scoring(

@@ -26,6 +26,7 @@ from megaprior.analysis.tower import read_tower
 from megaprior.data.shards import ShardSet
 from megaprior.files import atomic_write
 
+TITLE = "PRIOR, end to end"
 TOWER, REFERENCE = "tower", "reference"  # stages that the report knows more about than time and memory
 
 
@@ -72,7 +73,7 @@ def report(
     times: Path | str | None = None,
     commands: Sequence[str] = (),
     captions: int = 12,
-    title: str = "PRIOR, end to end",
+    title: str = TITLE,
 ) -> dict[str, Any]:
     """Write the report, and `results` beside it where a path is given.
 
@@ -96,21 +97,7 @@ def report(
     """
     given = Inputs(shards, heldout, scores, runs or {}, stages or {}, probe, times, commands, captions)
     sources = _read(given)
-    own = typed.reporting(
-        output,
-        single={
-            "results": results,
-            "heldout": heldout,
-            "scores": scores if scores != "ref_logprob" else None,
-            "probe": probe,
-            "times": times,
-            "title": title if title != "PRIOR, end to end" else None,
-        },
-        shards=shards,
-        runs=given.runs,
-        stages=given.stages,
-        commands=commands,
-    )
+    own = _own_command(given, output=output, results=results, title=title)
     body = results_body(sources) | {"report_command": own}
     page = render(
         body, runs=sources.runs, captions=sources.captions, commands=figure_commands(given, sources), title=title
@@ -164,12 +151,12 @@ def _read(given: Inputs) -> Sources:
 
 
 def figure_commands(given: Inputs, sources: Sources) -> dict[str, list[str]]:
-    """What made the data of each figure and table, by its key on the page; "runs" and "evaluate" also by family."""
+    """What made the data of each figure and table, by its key on the page; runs by family, * for all."""
     found: dict[str, list[str]] = {}
     every: dict[str, list[Run]] = {
         family: [run for seeds in methods.values() for run in seeds] for family, methods in sources.runs.items()
     }
-    every["all"] = [run for runs in every.values() for run in runs]
+    every["*"] = [run for runs in every.values() for run in runs]
     for key, runs in every.items():
         found[f"runs {key}"] = typed.training(runs)
         found[f"evaluate {key}"] = typed.evaluating(runs, sources.times, heldout=given.heldout)
@@ -179,9 +166,28 @@ def figure_commands(given: Inputs, sources: Sources) -> dict[str, list[str]]:
         name = Path(folder).resolve().name
         found[f"score {name}"] = typed.scoring(folder, sources.times, reference=reference, scores=given.scores)
     if TOWER in sources.stages:
-        tower = [sources.stages[TOWER]]
-        found["tower"] = typed.training(tower) + typed.evaluating(tower, sources.times, heldout=None)
+        run, held = sources.stages[TOWER], given.heldout
+        measured = (
+            sources.tower is not None and held is not None and sources.tower["shards"] == Path(held).resolve().name
+        )
+        timed = typed.evaluating([run], sources.times, heldout=None)
+        known = timed or ([typed.measuring(run.folder, held)] if measured and held is not None else [])
+        found["tower"] = typed.training([run]) + known
     return found
+
+
+def _own_command(given: Inputs, *, output: Path | str, results: Path | str | None, title: str) -> str:
+    single = {
+        "results": results,
+        "heldout": given.heldout,
+        "scores": given.scores if given.scores != "ref_logprob" else None,
+        "probe": given.probe,
+        "times": given.times,
+        "title": title if title != TITLE else None,
+    }
+    return typed.reporting(
+        output, single=single, shards=given.shards, runs=given.runs, stages=given.stages, commands=given.commands
+    )
 
 
 def _fingerprints(scored: Sequence[ShardSet], held: ShardSet | None, runs: Sequence[Run]) -> dict[str, str]:

@@ -55,7 +55,7 @@ def read_run(folder: Path, *, results: Sequence[dict[str, Any]], build_id: str |
             f"{path}: not readable ({error}); finish the run first, by repeating its training command"
         ) from None
     lines = read_lines(folder / "metrics.jsonl")
-    latest = _latest(folder)
+    latest = latest_checkpoint(folder)
     heldout, losses = _heldout(folder, build_id, latest)
     return Run(
         folder=folder,
@@ -92,7 +92,8 @@ def caption_loss(line: dict[str, Any], pairs: int) -> float:
     return sum(share * loss for share, loss in shares) / total if total else line["ntp_loss"]
 
 
-def _latest(folder: Path) -> str | None:
+def latest_checkpoint(folder: Path) -> str | None:
+    """step_00000500, the newest of a run; None where the folder names none."""
     try:
         return (folder / "latest").read_text(encoding="utf-8").strip()
     except OSError:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megaprior.analysis.runs import latest_checkpoint
 from megaprior.errors import DataError
 from megaprior.files import read_manifest
+from megaprior.telemetry import say
 
 FORMAT = "megaprior.retrieval"
 _FIELDS = ("images", "captions", "image_to_text", "text_to_image", "chance", "model_digest", "build_id")
@@ -16,7 +18,7 @@ def read_tower(folder: Path, *, shards: str | None) -> dict[str, Any] | None:
     """The retrieval record of a tower's run: that of the shards called `shards` where there is one, else the first.
 
     Returns:
-        "shards" and the record's numbers; None where nothing was measured.
+        "shards" and the record's numbers; None where nothing was measured, or only an earlier checkpoint.
 
     Raises:
         DataError: the record is not what was written, or lacks a field.
@@ -31,6 +33,12 @@ def read_tower(folder: Path, *, shards: str | None) -> dict[str, Any] | None:
     missing = [field for field in _FIELDS if field not in body]
     if missing:
         raise DataError(f"{paths[name]}: has no {', '.join(missing)}; measure the tower again")
+    latest = latest_checkpoint(folder)
+    if body.get("checkpoint") and latest and body["checkpoint"] != latest:
+        say(
+            f"warning: {paths[name]} is of {body['checkpoint']}, the run is at {latest}; run `megaprior evaluate` again"
+        )
+        return None
     return {"shards": name, **{field: body[field] for field in _FIELDS}}
 
 

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from megaprior.analysis.losses import TokenLosses, keep
+from megaprior.analysis.report import report
 from megaprior.data.scores import ScoreWriter
 from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import Shard, ShardSet
+from megaprior.files import write_manifest
 from megaprior.tokenizer import Tokenizer, train_sentencepiece
 
 
@@ -123,7 +125,8 @@ def write_run() -> Callable[..., Path]:
         }
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "latest").write_text("step_00000040\n")
-        lines = [{"kind": "train", "step": s, "loss": 9.0, "ntp_loss": 5 - s / 10} for s in range(1, 41)]
+        times = {"step_s": 0.5, "data_wait_s": 0.125, "fill": 0.75}
+        lines = [{"kind": "train", "step": s, "loss": 9.0, "ntp_loss": 5 - s / 10, **times} for s in range(1, 41)]
         lines += [
             {
                 "kind": "eval",
@@ -149,6 +152,61 @@ def write_run() -> Callable[..., Path]:
 def made_up_losses() -> Callable[[ShardSet, str], TokenLosses]:
     """`made_up_losses(shards, "prior")`: the losses that `write_run` keeps."""
     return made_up
+
+
+HOSTILE = "a red <script>alert('owned')</script> square & more"
+CAPTIONS = [
+    HOSTILE,
+    "a red square",
+    "one blue circle at dusk",
+    "a photo",
+    "2 squares",
+    "a photo of 3 red squares at dusk",
+]
+
+
+@pytest.fixture
+def captions() -> list[str]:
+    """Six captions; the first would run a script in a page that does not escape it."""
+    return list(CAPTIONS)
+
+
+@pytest.fixture
+def two_families(tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path]) -> tuple[Path, dict]:
+    """A page with everything that a report can show, and its results: two families, a third method, a probe, a tower."""
+    pairs = write_pairs(tmp_path / "pairs", CAPTIONS, images=list(range(6)))
+    heldout = ShardSet.open(pairs, scores="ref_logprob")
+    runs: dict[str, dict[str, list[Path]]] = {"hlvlm": {}, "ulvlm": {}}
+    for family, method, seed in (
+        *((family, method, seed) for family in runs for method in ("ntp", "prior") for seed in (0, 1)),
+        ("hlvlm", "rarity", 0),
+    ):
+        folder = write_run(tmp_path / f"{family}_{method}_{seed}", kind=method, seed=seed, heldout=heldout)
+        runs[family].setdefault(method, []).append(folder)
+    interval = {"accuracy": 0.75, "interval": [0.6, 0.86]}
+    probe = {"items": 40, **interval, "shuffled_accuracy": 0.5, "shuffled_interval": [0.35, 0.65]}
+    probe["by_attribute"] = {"colour": {"items": 40, **interval}}
+    lines = [
+        {"format": "megaprior.result", "model": "m", "checkpoint": None, "digest": f"digest-{kind}", "probe": probe}
+        for kind in ("ntp", "prior")
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tower = write_run(tmp_path / "tower")
+    recall = {"r1": 0.5, "r5": 0.75, "r10": 1.0, "median_rank": 1.5}
+    record = {"images": 6, "captions": 6, "image_to_text": recall, "text_to_image": recall}
+    record |= {
+        "chance": {"image_to_text_r1": 1 / 6, "text_to_image_r1": 1 / 6},
+        "model_digest": "t",
+        "build_id": "pairs",
+    }
+    record |= {"format": "megaprior.retrieval", "version": 1, "checkpoint": "step_00000040"}
+    (tower / "analysis").mkdir()
+    write_manifest(tower / "analysis" / "retrieval_pairs.json", record)
+    page = tmp_path / "report.html"
+    body = report(
+        page, shards=[pairs], heldout=pairs, runs=runs, stages={"tower": tower}, probe=tmp_path / "results.jsonl"
+    )
+    return page, body
 
 
 def head(heldout: ShardSet, kind: str) -> dict:

@@ -10,17 +10,8 @@ import pytest
 
 from megaprior.analysis.report import report
 from megaprior.data.shards import ShardSet
-from megaprior.errors import DataError
+from megaprior.errors import DataError, UsageError
 
-HOSTILE = "a red <script>alert('owned')</script> square & more"
-CAPTIONS = [
-    HOSTILE,
-    "a red square",
-    "one blue circle at dusk",
-    "a photo",
-    "2 squares",
-    "a photo of 3 red squares at dusk",
-]
 PROBE = {
     "items": 40,
     "sees": True,
@@ -51,8 +42,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def pairs(tmp_path: Path, write_pairs: Callable[..., Path]) -> Path:
-    return write_pairs(tmp_path / "pairs", CAPTIONS, images=list(range(6)))
+def pairs(tmp_path: Path, write_pairs: Callable[..., Path], captions: list[str]) -> Path:
+    return write_pairs(tmp_path / "pairs", captions, images=list(range(6)))
 
 
 @pytest.fixture
@@ -100,7 +91,17 @@ def test_results_hold_what_was_measured(full: tuple[Page, str, dict]) -> None:
     assert ntp["probe_accuracy"] == 0.75
     assert ntp["shuffle_gap"] == 1.0
     assert body["stages"]["score"]["wall_s"] == 6.9
-    assert body["stages"]["ulvlm prior seed 1"]["wall_s"] == 78.2
+    stage = body["stages"]["ulvlm prior seed 1"]
+    assert stage["wall_s"] == 78.2
+    assert (stage["fill"], stage["data_wait_s"], stage["data_wait_share"]) == (0.75, 5.0, 0.25)  # 40 steps of 0.5 s
+    assert body["stages"]["score"]["fill"] is None
+    assert body["tower"] is None
+    assert body["comparisons"]["runs"] == ["NTP, seed 0", "PRIOR, seed 0", "NTP, seed 1", "PRIOR, seed 1"]
+    pair = body["comparisons"]["pairs"][0]
+    assert pair["heldout"]["related"]["difference"] == -0.5
+    assert pair["heldout"]["related"]["interval"] == [-0.5, -0.5]
+    assert pair["differs"] == [{"key": "weighting.kind", "a": "ntp", "b": "prior"}]
+    assert pair["probe"] == {"a": 0.75, "b": 0.75, "difference": 0.0, "overlap": True}
     assert body["reference_probe"]["accuracy"] == 0.5
 
 
@@ -108,8 +109,7 @@ def test_a_script_in_a_caption_is_text(full: tuple[Page, str, dict]) -> None:
     page, html, _ = full
     assert "script" not in page.tags
     assert "<script" not in html.lower()
-    captions = re.sub(r"\s+", " ", page.text)
-    assert "<script>alert('owned')</script>" in captions
+    assert "<script>alert('owned')</script>" in re.sub(r"\s+", " ", page.text)
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
 
 
@@ -165,9 +165,9 @@ def test_ids_are_told_apart_between_figures(full: tuple[Page, str, dict]) -> Non
 
 
 def test_ones_own_data_without_truth_probe_or_second_method(
-    tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path]
+    tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path], captions: list[str]
 ) -> None:
-    own = write_pairs(tmp_path / "own", CAPTIONS, images=list(range(6)), truth=False)
+    own = write_pairs(tmp_path / "own", captions, images=list(range(6)), truth=False)
     run = write_run(tmp_path / "run", kind="prior", heldout=ShardSet.open(own, scores="ref_logprob"))
     body = report(tmp_path / "report.html", shards=[own], heldout=own, runs={"ulvlm": {"prior": [run]}})
     page = Page((tmp_path / "report.html").read_text())
@@ -180,11 +180,11 @@ def test_ones_own_data_without_truth_probe_or_second_method(
 
 
 def test_an_empty_report_and_one_without_scores_say_so(
-    tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path]
+    tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path], captions: list[str]
 ) -> None:
     report(tmp_path / "empty.html")
     assert "Nothing was measured yet" in Page((tmp_path / "empty.html").read_text()).text
-    plain = write_pairs(tmp_path / "plain", CAPTIONS, images=list(range(6)), scored=False)
+    plain = write_pairs(tmp_path / "plain", captions, images=list(range(6)), scored=False)
     run = write_run(tmp_path / "run", heldout=ShardSet.open(plain))
     report(tmp_path / "plain.html", heldout=plain, runs={"ulvlm": {"ntp": [run]}})
     page = Page((tmp_path / "plain.html").read_text())
@@ -192,3 +192,41 @@ def test_an_empty_report_and_one_without_scores_say_so(
     assert checked == ["show-ntp"]
     with pytest.raises(DataError, match="megaprior score"):
         report(tmp_path / "report.html", shards=[plain])
+
+
+def test_any_method_name_works_and_a_bad_one_is_refused(
+    tmp_path: Path, write_pairs: Callable[..., Path], write_run: Callable[..., Path], captions: list[str]
+) -> None:
+    pairs = write_pairs(tmp_path / "pairs", captions, images=list(range(6)))
+    heldout = ShardSet.open(pairs, scores="ref_logprob")
+    runs = {
+        name: [write_run(tmp_path / name, kind=kind, heldout=heldout)]
+        for name, kind in (("rare_2", "ntp"), ("x", "prior"))
+    }
+    body = report(tmp_path / "report.html", heldout=pairs, runs={"ulvlm": runs})
+    assert list(body["models"]["ulvlm"]) == ["rare_2", "x"]
+    page = Page((tmp_path / "report.html").read_text())
+    text = re.sub(r"\s+", " ", page.text)
+    assert "U-LVLM: rare 2 against x" in text
+    assert "x \u2212 rare 2" in text  # what the colour of a change means
+    assert body["comparisons"]["pairs"][0]["heldout"]["related"]["difference"] == -0.5
+    with pytest.raises(UsageError, match="method 'a-b': only small letters"):
+        report(tmp_path / "report.html", runs={"ulvlm": {"a-b": []}})
+    with pytest.raises(UsageError, match="family 'U'"):
+        report(tmp_path / "report.html", runs={"U": {"ntp": []}})
+
+
+def test_every_figure_says_how_to_make_it_again(full: tuple[Page, str, dict], tmp_path: Path) -> None:
+    page, html, body = full
+    summaries = re.findall(r"<summary>(Repeat this [a-z ]+)</summary>", html)
+    assert summaries.count("Repeat this figure") == html.count("<svg")
+    assert {"Repeat this table", "Repeat this heat map", "Repeat this comparison"} <= set(summaries)
+    own = body["report_command"]
+    assert own.startswith(
+        f"megaprior report --output {tmp_path}/report.html --results {tmp_path}/results.json --heldout "
+    )
+    assert own.count("--run ulvlm.prior=") == 2
+    text = re.sub(r"\s+", " ", page.text)
+    assert text.count(own) == len(summaries) + 1
+    assert f"megaprior evaluate --model {tmp_path}/prior1 --shards {tmp_path}/pairs" in text
+    assert f"megaprior score --model {tmp_path}/reference --shards {tmp_path}/pairs" in text
