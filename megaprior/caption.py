@@ -16,9 +16,11 @@ import torch
 from megaprior.data.images import decode_rgb
 from megaprior.errors import DataError, UsageError
 from megaprior.export.foreign import Foreign, load_foreign, to_foreign
+from megaprior.models.folder import model_type
 from megaprior.models.hlvlm import HLVLM
 from megaprior.models.lm import TextLM
 from megaprior.models.load import load_model
+from megaprior.models.vision import KINDS
 from megaprior.tokenizer import Tokenizer, load_model_tokenizer
 from megaprior.train.checkpoint import resolve_model
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 # (lowest probability, colour, in words), from the surest to the least sure.
 _SHADES = (
-    (0.9, "green", "p above 0.9"),
+    (0.9, "green", "above 0.9"),
     (0.5, "bright_green", "above 0.5"),
     (0.1, "yellow", "above 0.1"),
     (0.01, "dark_orange", "above 0.01"),
@@ -86,7 +88,7 @@ def caption(
     for path, picture in zip(images, pictures, strict=True):
         found.append(write_caption(foreign, tokenizer, picture, max_tokens=max_tokens))
         _show(console, path, found[-1], numbers)
-    console.print(_legend(console))
+    console.print(_legend(console, numbers))
     return found
 
 
@@ -97,13 +99,14 @@ def open_captioner(model: Path | str, *, dtype: str = "float32") -> tuple[Foreig
         DataError: there is no such model, or it reads text only.
     """
     folder = resolve_model(model)
+    if model_type(folder) in KINDS:
+        raise DataError(f"{model}: a two-tower model compares images with captions and writes none")
     tokenizer = load_model_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():  # an export or a stock folder; ours keep theirs in tokenizer/
         foreign = load_foreign(folder, dtype=dtype)
     else:
         ours = load_model(folder, dtype=dtype)
-        if not isinstance(ours, TextLM | HLVLM):
-            raise DataError(f"{model}: a two-tower model compares images with captions and writes none")
+        assert isinstance(ours, TextLM | HLVLM)
         foreign = to_foreign(ours, tokenizer)
     if foreign.kind == "text":
         raise DataError(f"{model}: a text-only model; give a vision-language model (stage ulvlm or hlvlm)")
@@ -141,7 +144,9 @@ def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 def _read(path: Path) -> Any:
     try:
-        return decode_rgb(path.read_bytes())
+        picture = decode_rgb(path.read_bytes())
+        picture.info.clear()  # its EXIF rotation is applied; a processor that finds it again would turn the picture twice
+        return picture
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; give image files") from None
     except DataError as error:
@@ -181,12 +186,13 @@ def _shade(logprob: float) -> str:
     return next(colour for low, colour, _ in _SHADES if logprob >= torch.tensor(low).log().item())
 
 
-def _legend(console: Console) -> Any:
+def _legend(console: Console, numbers: bool) -> Any:
     from rich.text import Text
 
     if not console.is_terminal or console.no_color:
-        return Text("numbers: log-probability of each token; colours need a terminal")
-    line = Text("each token by its probability: ")
+        said = "in brackets" if numbers else "--numbers prints"
+        return Text(f"{said}: the log-probability of each token; on a terminal it is its colour")
+    line = Text("each token by its probability p: ")
     for _, colour, words in _SHADES:
         line.append(f"{words}  ", style=colour)
     return line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def add_export(verb: Verb) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    _no_deepspeed()
     from megaprior.export import export
     from megaprior.export.writing import next_steps
 
@@ -81,8 +83,14 @@ def add_import(verb: Verb) -> None:
 
 
 def _import(options: argparse.Namespace) -> int:
+    _no_deepspeed()
     from megaprior.importing import import_model
 
     done = import_model(options.model, options.output)
     print("\n".join([str(options.output), "", "start from it with:", "", *(f"    {line}" for line in done.lines)]))
     return 0
+
+
+def _no_deepspeed() -> None:
+    """transformers imports DeepSpeed when it saves, and that prints that it found no accelerator, unless it was told."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -8,14 +8,22 @@ from typing import Any, Literal
 
 from megaprior.errors import DataError, UsageError
 from megaprior.export.card import base_notices, read_facts, snippet, write_card
-from megaprior.export.checking import compare_logits, compare_tensors, our_logits, tensor_digests, their_logits
+from megaprior.export.checking import (
+    TOLERANCE,
+    compare_logits,
+    compare_tensors,
+    our_logits,
+    tensor_digests,
+    their_logits,
+)
 from megaprior.export.foreign import PORTABLE, Foreign, load_foreign, to_foreign
 from megaprior.files import atomic_folder
 from megaprior.models.fingerprint import model_fingerprint
-from megaprior.models.folder import quiet
+from megaprior.models.folder import model_type, quiet
 from megaprior.models.hlvlm import HLVLM
 from megaprior.models.lm import TextLM
 from megaprior.models.load import load_model
+from megaprior.models.vision import KINDS
 from megaprior.telemetry import say
 from megaprior.tokenizer import load_model_tokenizer
 from megaprior.tokenizer.hugging_face import check_same
@@ -54,8 +62,8 @@ def export(
     output = Path(output)
     with atomic_folder(output) as folder:
         source = resolve_model(model)
-        tokenizer = load_model_tokenizer(source)
         ours = _load(source, dtype)
+        tokenizer = load_model_tokenizer(source)
         foreign = to_foreign(ours, tokenizer)
         before, kind = tensor_digests(foreign.model), foreign.kind
         _write(foreign, folder, max_shard_size)
@@ -75,8 +83,8 @@ def export(
         if expected is not None:
             again.model.float()
             worst = compare_logits(expected, their_logits(again), str(output))
-    said = "not compared" if worst is None else f"equal to {worst:.1g}"
-    say(f"{output}: {len(before)} tensors equal, logits {said}")
+    said = "logits not compared" if worst is None else f"logits differ by at most {worst:.1g} (allowed: {TOLERANCE:g})"
+    say(f"{output}: {len(before)} tensors equal, {said}")
     return {"output": output, "kind": kind, "tensors": len(before), "worst": worst}
 
 
@@ -87,12 +95,13 @@ def next_steps(output: Path, kind: str) -> str:
 
 
 def _load(source: Path, dtype: str) -> TextLM | HLVLM:
+    if model_type(source) in KINDS:
+        raise DataError(
+            f"{source}: a two-tower model is saved as transformers' own CLIPModel and needs no export; use this folder as it is"
+        )
     ours = load_model(source, dtype=dtype)
-    if isinstance(ours, TextLM | HLVLM):
-        return ours
-    raise DataError(
-        f"{source}: a two-tower model is saved as transformers' own CLIPModel and needs no export; use this folder as it is"
-    )
+    assert isinstance(ours, TextLM | HLVLM)
+    return ours
 
 
 def _write(foreign: Foreign, folder: Path, max_shard_size: str) -> None:
