@@ -192,7 +192,8 @@ def _ahead(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     change = right["prior"] - right["ntp"]
     if abs(change) < 0.0005:
         return " Neither is ahead."
-    text = f" {'PRIOR' if change > 0 else 'NTP'} is ahead"
+    first, second = ("PRIOR", "NTP") if change > 0 else ("NTP", "PRIOR")
+    text = f" {first} is ahead{f' of {second}' if len(methods) > 2 else ''}"
     bounds = [row["probe_interval"] for m in right for row in methods[m] if row.get("probe_interval")]
     if len(bounds) == 2:
         (_, high), (low, _) = sorted(bounds)

@@ -80,11 +80,34 @@ def test_the_probe_says_who_is_ahead_and_whether_by_more_than_the_items_explain(
     assert "Neither is ahead." in told((0.4, 0.5, 0.6), (0.4, 0.5, 0.6))
 
 
+def test_two_families_are_told_apart_and_what_both_share_is_said_once() -> None:
+    def half(above: float, below: float) -> dict:
+        return {"loss": 1.0, "thresholds": [{"threshold": 0.5, "share_above": 0.4, "above": above, "below": below}]}
+
+    rows = {"ntp": [half(1.0, 0.25)], "prior": [half(0.75, 2.0)]}
+    given = body({}, {}) | {"models": {"ulvlm": rows, "hlvlm": rows}}
+    said = findings(given)
+    for name in ("U-LVLM", "H-LVLM"):
+        assert len([s for s in said if s.startswith(f"{name}: The same by importance: on the 40%")]) == 1
+    assert len([s for s in said if s.startswith("Why PRIOR is worse")]) == 1
+    assert not [s for s in findings(given | {"models": {"ulvlm": rows}}) if s.startswith("U-LVLM: ")]
+
+
+def test_a_third_method_is_told_and_who_is_ahead_of_whom() -> None:
+    rows = {m: [{"probe_accuracy": right}] for m, right in (("ntp", 0.5), ("prior", 0.75), ("rare_words", 0.8))}
+    (text,) = [s for s in findings(body({}, {}) | {"models": {"ulvlm": rows}}) if "statements" in s]
+    assert "NTP 50.0%, PRIOR 75.0%, rare words 80.0%" in text
+    assert text.endswith("PRIOR is ahead of NTP.")
+
+
 def test_one_seed_is_said_to_be_one() -> None:
     assert any("One seed per method" in s for s in caveats(body({}, {})))
     three = " ".join(caveats(body({}, {}, seeds=3)))
     assert "3 seeds per method" in three
     assert "One seed" not in three
+    mixed = body({}, {}, seeds=3)
+    mixed["models"]["hlvlm"] = {"ntp": [{}]}
+    assert any(s.startswith("1 to 3 seeds per method") for s in caveats(mixed))
 
 
 def test_nothing_is_claimed_of_nothing() -> None:
