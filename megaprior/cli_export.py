@@ -9,6 +9,25 @@ from pathlib import Path
 
 Verb = Callable[..., argparse.ArgumentParser]
 
+_EXPORT = """\
+write a trained model as a folder that Hugging Face's transformers loads, and prove that it is the same model:
+
+  text LM, reference   LlamaForCausalLM and a tokenizer
+  U-LVLM               a class of its own in one Python file of the folder (trust_remote_code=True), and its processor
+  H-LVLM               LlavaForConditionalGeneration and LlavaProcessor; the prompt is <image>
+
+The folder is reloaded before it gets its name: every tensor is compared by digest, the logits of a fixed row within 1e-4 in
+float32, and the tokenizer by fingerprint. What differs is an error, and no folder is left.
+"""
+_IMPORT = """\
+turn a folder of a known kind into starting points for training, safetensors only, every tensor accounted for:
+
+  Llama, U-LVLM        OUTPUT                     model.init=OUTPUT
+  CLIP                 OUTPUT                     model.tower.init=OUTPUT
+  LLaVA                OUTPUT/lm, OUTPUT/tower    model.init=OUTPUT/lm model.tower.init=OUTPUT/tower
+                       OUTPUT/hlvlm               model.init=OUTPUT/hlvlm, with the MLP that LLaVA was trained with
+"""
+
 
 def add_export(verb: Verb) -> None:
     """`megaprior export`."""
@@ -18,6 +37,7 @@ def add_export(verb: Verb) -> None:
         "write a trained model as a folder that Hugging Face's transformers loads, and prove that it is the same model",
         "megaprior export runs/prior --output exports/prior",
     )
+    parser.description = _EXPORT
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run folder, a checkpoint, or a model's folder")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make; it must not exist")
     parser.add_argument(
@@ -78,6 +98,7 @@ def add_import(verb: Verb) -> None:
         "turn a Llama, CLIP or LLaVA folder, or an export of ours, into starting points for training",
         "megaprior import llava-1.5-7b-hf --output bases/llava",
     )
+    parser.description = _IMPORT
     parser.add_argument("model", type=Path, metavar="FOLDER", help="a Hugging Face folder with safetensors weights")
     parser.add_argument("--output", type=Path, required=True, help="the folder to make; it must not exist")
 

@@ -12,7 +12,7 @@ import pytest
 from megaprior import cli
 from megaprior.errors import DataError, MegapriorError, Requeue, UsageError
 
-VERBS = ("train", "replay", "score", "evaluate", "report")
+VERBS = ("train", "replay", "score", "evaluate", "report", "export", "caption", "import")
 
 
 def code(*arguments: object) -> int:
@@ -57,6 +57,9 @@ def test_help_answers_in_under_a_second(arguments: list[str]) -> None:
         (["score", "--model", "no-model", "--shards", "no-shards"], 65, "no-shards: no build.json"),
         (["evaluate", "--model", "no-model"], 2, "give --probe FILE, --shards DIR, or both"),
         (["evaluate", "--model", "no-model", "--shards", "no-shards"], 65, "no-"),
+        (["export", "no-model", "--output", "out"], 65, "no-model: neither a run, nor a checkpoint"),
+        (["caption", "no-model", "no.jpg"], 65, "no.jpg: No such file or directory"),
+        (["import", "no-model", "--output", "out"], 65, "no-model: neither a run, nor a checkpoint"),
         (["report", "--output", "page.html", "--run", "prior"], 2, "--run prior: expected NAME=PATH"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

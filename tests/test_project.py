@@ -89,6 +89,7 @@ def test_a_wheel_works_from_the_root_and_from_elsewhere(tmp_path: Path) -> None:
     assert "megaprior/kernels/__init__.py" in names
     assert "megaprior/data_tools/cli.py" in names
     assert "megaprior/analysis/templates/report.html" in names
+    assert "megaprior/export/templates/model_card.md" in names
     assert not [
         name for name in names if name.split("/")[0] in ("kernels", "data_tools", "tests", "benchmarks", "launch")
     ]
