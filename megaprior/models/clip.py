@@ -3,73 +3,44 @@
 What it saves is a stock CLIPModel's folder, whose own `forward` gives the embeddings that were trained, and whose vision
 model is the tower of an H-LVLM.
 
-A caption ends in an id that no other token has, because CLIP reads its embedding there. That is the tokenizer's EOS, except
-where EOS is 2: for that id, a stock CLIPTextModel takes the largest id of the caption for its end, so one id more is put
-behind the vocabulary.
-
 Letters: T tokens of a row, I images and captions, P patches of an image, D values of a patch, L positions of the text tower,
 E width of an embedding.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from pydantic import Field
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPModel, LlamaForCausalLM
 
-from megaprior.config import configclass
-from megaprior.errors import DataError, UsageError
+from megaprior.errors import UsageError
 from megaprior.models.augmentation import Augmentation
-from megaprior.models.folder import load_whole, model_type, quiet
+from megaprior.models.clip_config import ClipConfig, describe_clip, read_clip_config
+from megaprior.models.folder import load_whole, quiet, read_llama_config
 from megaprior.models.outputs import PairStates
-from megaprior.models.presets import CLIP_PRESETS
 from megaprior.models.vision import CLIP_MEAN, CLIP_STD, Preprocessing, image_processor, read_preprocessing, to_pixels
 
 MOST_SCALE = 100.0  # of the inverse temperature, as CLIP's authors have it
-_LEGACY_EOS = 2
 _MULTIPLE = 8  # caption lengths are rounded up to it: fewer shapes, which kernels cache
 _TEMPERATURE = "temperature.logit_scale"
 
 
-@configclass
-class ClipConfig:
-    """The two-tower model of stage=clip.
-
-    Attributes:
-        vision, text: fields of transformers' CLIPVisionConfig and CLIPTextConfig laid over the preset, for random weights.
-        projection_dim: width of the embeddings; None takes the preset's.
-        policy: how an image becomes a square, see `TowerConfig`.
-        smallest_crop: training shows a random part of each image, of at least this share of its area; 1 shows all of it.
-        flip: training mirrors every other image; never where captions tell left from right.
-    """
-
-    vision: dict[str, Any] = field(default_factory=dict)
-    text: dict[str, Any] = field(default_factory=dict)
-    projection_dim: int | None = None
-    policy: Literal["square", "pad", "crop"] = "crop"
-    smallest_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    flip: bool = False
-
-
 class Temperature(nn.Module):
-    """The learned inverse temperature; a module of its own, because ZeRO-3 gathers a parameter where its module runs."""
+    """The learned inverse temperature; a module of its own, because ZeRO-3 gathers a parameter where its module runs, and
+    of one dimension, because DeepSpeed sends none without."""
 
-    def __init__(self, logit_scale: nn.Parameter) -> None:
+    def __init__(self, logit_scale: torch.Tensor) -> None:
         super().__init__()
-        self.logit_scale = logit_scale
+        self.logit_scale = nn.Parameter(logit_scale.detach().reshape(1))
 
     def forward(self) -> torch.Tensor:
         """exp(logit_scale), at most 100, 0-d; beyond the limit the gradient still flows, so that it can come back."""
-        excess = (self.logit_scale - math.log(MOST_SCALE)).clamp(min=0).detach()
-        return (self.logit_scale.float() - excess).exp()
+        value = self.logit_scale.float()
+        return (value - (value - math.log(MOST_SCALE)).clamp(min=0).detach()).exp().squeeze(0)
 
 
 class Clip(nn.Module):
@@ -173,7 +144,7 @@ class Clip(nn.Module):
     ) -> None:
         """Write a stock CLIPModel's folder, and preprocessor_config.json as transformers' image processors have it."""
         weights = {_stock_name(n): t for n, t in (state_dict or self.state_dict()).items()}
-        weights["logit_scale"] = weights["logit_scale"].clamp(max=math.log(MOST_SCALE))
+        weights["logit_scale"] = weights["logit_scale"].clamp(max=math.log(MOST_SCALE)).reshape(())
         with torch.device("meta"), quiet():
             stock = CLIPModel(self.config)
         with quiet():
@@ -207,54 +178,24 @@ def build_clip(
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         clip = CLIPModel(described)
+    if config.words is not None:
+        _read_words(clip.text_model.embeddings.token_embedding.weight, config.words, vocab_size)
     model = Clip(clip, Preprocessing(config.policy, CLIP_MEAN, CLIP_STD), augmentation)
     return model.to(getattr(torch, dtype)).train()
 
 
-def describe_clip(
-    config: ClipConfig, *, init: str | None, preset: str | None, vocab_size: int, bos_id: int, eos_id: int
-) -> CLIPConfig:
-    """The configuration of the model that `build_clip` makes, with its image policy; no weight is read.
-
-    Raises:
-        UsageError, DataError: as `build_clip`.
-    """
-    end_id = vocab_size if eos_id == _LEGACY_EOS else eos_id
-    if init is not None:
-        if config.vision or config.text or config.projection_dim:
-            raise UsageError(f"model.clip has sizes, which are for random weights, but model.init={init}: drop one")
-        found = read_clip_config(init)
-        text: Any = found.text_config
-        if text.vocab_size < vocab_size or text.eos_token_id != end_id:
-            raise DataError(
-                f"{init}: its captions end in id {text.eos_token_id} of {text.vocab_size}, this tokenizer's in {end_id}: not "
-                "this tokenizer's model"
-            )
-        return found
-    if preset not in CLIP_PRESETS:
+@torch.no_grad()
+def _read_words(weight: torch.Tensor, folder: str, vocab_size: int) -> None:
+    """Replace the tokenizer's rows of `weight` by a text LM's, centred and at the size that they had at random."""
+    read_llama_config(folder)
+    found: torch.Tensor = load_whole(LlamaForCausalLM, folder, dtype="float32").get_input_embeddings().weight
+    if len(found) < vocab_size or found.shape[1] != weight.shape[1]:
         raise UsageError(
-            f"stage=clip trains a small tower: set model.preset to one of {', '.join(CLIP_PRESETS)} (a pre-trained one needs no "
-            "training: name it with model.tower.init in stage=hlvlm)"
+            f"model.clip.words={folder}: {len(found):,} token embeddings of width {found.shape[1]}, the text tower wants "
+            f"{vocab_size:,} of width {weight.shape[1]}: set model.clip.text.hidden_size, or drop it"
         )
-    base = CLIP_PRESETS[preset]
-    width = config.projection_dim or base.projection_dim
-    ids = {
-        "vocab_size": max(vocab_size, end_id + 1),
-        "bos_token_id": bos_id,
-        "eos_token_id": end_id,
-        "pad_token_id": end_id,
-    }
-    common = {"projection_dim": width}
-    text = _sizes(CLIPTextConfig, "text", {**base.text, **config.text, **ids, **common})
-    vision = _sizes(CLIPVisionConfig, "vision", {**base.vision, **config.vision, **common})
-    if vision.image_size % vision.patch_size or vision.num_hidden_layers < 2:
-        raise UsageError(
-            f"model.clip.vision: {vision.num_hidden_layers} layers, {vision.image_size} pixels in patches of "
-            f"{vision.patch_size}; a tower has at least 2 layers and whole patches"
-        )
-    described = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=width)
-    described.image_policy, described.image_mean = config.policy, list(CLIP_MEAN)
-    return described
+    centred = found[:vocab_size] - found[:vocab_size].mean(dim=0)
+    weight[:vocab_size] = centred * (weight.std() / centred.std())
 
 
 def load_clip(folder: Path | str, *, dtype: str = "float32", backend: Any = "auto") -> Clip:
@@ -266,35 +207,6 @@ def load_clip(folder: Path | str, *, dtype: str = "float32", backend: Any = "aut
     read_clip_config(folder)
     clip = load_whole(CLIPModel, folder, dtype=dtype)
     return Clip(clip, read_preprocessing(folder, "auto")).eval()
-
-
-def read_clip_config(folder: Path | str) -> CLIPConfig:
-    """The configuration of a CLIPModel's folder, with its image policy.
-
-    Raises:
-        DataError: another kind of model.
-    """
-    kind = model_type(folder)
-    if kind != CLIPConfig.model_type:
-        raise DataError(f"{folder}: model_type is {kind!r}, a two-tower model is a {CLIPConfig.model_type!r}")
-    config, seen = CLIPConfig.from_pretrained(folder, local_files_only=True), read_preprocessing(folder, "auto")
-    config.image_policy, config.image_mean = seen.policy, list(seen.mean)
-    return config
-
-
-def _sizes(kind: type[Any], name: str, values: dict[str, Any]) -> Any:
-    """A configuration of transformers', which itself takes any key without a word."""
-    known = [item.name for item in fields(kind)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UsageError(
-                f"model.clip.{name}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    try:
-        return kind(**values)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UsageError(f"model.clip.{name}: {' '.join(str(error).split())}") from None
 
 
 def _stock_name(name: str) -> str:

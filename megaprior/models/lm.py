@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megaprior.config import configclass
 from megaprior.errors import DataError, UsageError
 from megaprior.models.attention import ATTENTION, Backend, make_packing, register
-from megaprior.models.clip import ClipConfig
+from megaprior.models.clip_config import ClipConfig
 from megaprior.models.folder import from_folder, quiet, read_llama_config
 from megaprior.models.head import LossHead
 from megaprior.models.outputs import States

@@ -12,7 +12,8 @@ from megaprior.data.loader import Loader
 from megaprior.data.manifest import read_build, refuse_other_tokenizer, tokenizer_entry
 from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
-from megaprior.models.clip import Clip, ClipConfig, build_clip
+from megaprior.models.clip import Clip, build_clip
+from megaprior.models.clip_config import ClipConfig
 from megaprior.models.hlvlm import HLVLM, build_hlvlm
 from megaprior.models.lm import TextLM, build_text_lm
 from megaprior.models.ulvlm import build_ulvlm
@@ -35,9 +36,11 @@ Model = TextLM | HLVLM | Clip
 
 
 def resolve_init(cfg: RunConfig) -> RunConfig:
-    """`model.init` and `model.tower.init` as the Hugging Face folders that they mean (a run: its newest complete checkpoint)."""
-    init, tower = (None if p is None else str(resolve_model(p)) for p in (cfg.model.init, cfg.model.tower.init))
-    return replace(cfg, model=replace(cfg.model, init=init, tower=replace(cfg.model.tower, init=tower)))
+    """`model.init`, `.tower.init` and `.clip.words` as the Hugging Face folders that they mean (a run: its newest checkpoint)."""
+    of = cfg.model
+    init, tower, words = (None if p is None else str(resolve_model(p)) for p in (of.init, of.tower.init, of.clip.words))
+    model = replace(of, init=init, tower=replace(of.tower, init=tower), clip=replace(of.clip, words=words))
+    return replace(cfg, model=model)
 
 
 def started_from(cfg: RunConfig, folder: Path) -> RunConfig:
@@ -62,6 +65,9 @@ def open_tokenizer(cfg: RunConfig) -> Tokenizer:
             whose = f"the model {cfg.model.init}"
         except DataError:
             say(f"warning: {cfg.model.init} carries no tokenizer; whether it is that of the shards cannot be checked")
+    if cfg.model.clip.words is not None:
+        words = cfg.model.clip.words
+        refuse_other_tokenizer(words, tokenizer_entry(load_model_tokenizer(words)), tokenizer_entry(tokenizer), whose)
     heldout = [cfg.data.heldout] if cfg.data.heldout is not None else []
     for path in [*(source.path for source in [*cfg.data.train, *cfg.data.text]), *heldout]:
         refuse_other_tokenizer(path, read_build(path)["tokenizer"], tokenizer_entry(tokenizer), whose)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaprior.data.vision import VisionSpec
-from megaprior.models.clip import describe_clip
+from megaprior.models.clip_config import describe_clip
 from megaprior.models.folder import model_type
 from megaprior.models.hlvlm import HLVLMConfig, describe_hlvlm, read_hlvlm_config
 from megaprior.models.lm import TextLM, start_config

@@ -14,7 +14,8 @@ from megaprior.data.samples import Batch, Segment, assemble
 from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError, UsageError
 from megaprior.models.augmentation import Augmentation
-from megaprior.models.clip import Clip, ClipConfig, Temperature, build_clip, load_clip
+from megaprior.models.clip import Clip, Temperature, build_clip, load_clip
+from megaprior.models.clip_config import ClipConfig
 from megaprior.models.vision import load_tower, read_preprocessing
 
 SMALL = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -109,7 +110,7 @@ def test_a_row_without_pairs_touches_everything():
 
 def test_the_temperature_stops_at_a_hundred_and_comes_back(tmp_path):
     for value, expected in ((2.0, math.exp(2)), (4.7, 100.0)):
-        module = Temperature(torch.nn.Parameter(torch.tensor(value)))
+        module = Temperature(torch.tensor(value))
         scale = module()
         assert scale.item() == pytest.approx(expected)
         scale.backward()
