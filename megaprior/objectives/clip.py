@@ -60,7 +60,9 @@ def _caption_fingerprints(batch: Batch, pairs: int) -> torch.Tensor:
 def _fingerprints(rows: torch.Tensor) -> torch.Tensor:
     """int64 [I] of uint8 [I, n]: exact sums modulo 2^64 under random weights; two different rows agree once in 2^56."""
     weights = _weights(rows.shape[1], rows.device)
-    return torch.stack([(row.long() * weights).sum() for row in rows])  # a row at a time: int64 takes eight times the memory
+    return torch.stack(
+        [(row.long() * weights).sum() for row in rows]
+    )  # a row at a time: int64 takes eight times the memory
 
 
 def _weights(count: int, device: torch.device) -> torch.Tensor:
