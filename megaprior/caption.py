@@ -171,7 +171,8 @@ def _show(console: Console, path: Path, found: Caption, numbers: bool) -> None:
     line = Text("  ")
     for at, (text, logprob) in enumerate(zip(found.texts, found.logprobs, strict=True)):
         last = found.ended and at == len(found.texts) - 1
-        line.append("[end]" if last and numbers else _visible(text), style=_shade(logprob))
+        shown = "[end]" if last and (numbers or not found.text.strip()) else _visible(text)
+        line.append(shown, style=_shade(logprob))
         if numbers:
             line.append(f"({logprob:.2f})", style="dim")
     console.print(line)

@@ -92,6 +92,15 @@ def test_a_caption_cannot_command_the_terminal(world, images, monkeypatch) -> No
     assert "a\N{REPLACEMENT CHARACTER}b" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_an_empty_caption_is_not_an_empty_line(world, images, monkeypatch) -> None:
+    from megaprior import caption as module
+
+    monkeypatch.setattr(module, "write_caption", lambda *_, **__: module.Caption([""], [-0.1], ended=True))
+    console = printed(terminal=False)
+    module.caption(world.folders["ulvlm"], images[:1], console=console)
+    assert "  [end]\n" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_what_cannot_be_captioned_is_one_line(world, images, tmp_path, capsys) -> None:
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
     model = world.folders["ulvlm"]
