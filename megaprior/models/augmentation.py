@@ -1,6 +1,6 @@
-"""What contrastive training does to images, on the device and drawn anew in every step.
+"""What contrastive training does to images and captions, on the device and drawn anew in every step.
 
-Letters: I images.
+Letters: I images and captions, L tokens of the longest caption.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ _MOST_STRETCH = math.log(4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to images, drawn from torch's generator, which every step seeds."""
+    """What training does to pairs, drawn from torch's generator, which every step seeds."""
 
     smallest_crop: float = 1.0
     flip: bool = False
+    drop_words: float = 0.0
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def captions(self, ids: torch.Tensor, *, hidden_id: int, end_id: int) -> torch.Tensor:
+        """int64 [I, L] -> the same with `drop_words` of the tokens replaced by `hidden_id`, never the end, where CLIP reads."""
+        if not self.drop_words:
+            return ids
+        hide = (torch.rand(ids.shape, device=ids.device) < self.drop_words) & (ids != end_id)
+        return ids.masked_fill(hide, hidden_id)
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[I, 3, side, side] -> the same shape: for each image a rectangle of `smallest_crop` to 1 of its area, stretched to a
         square (sides at most 4 : 3), in every other one mirrored."""
         if not len(pixels) or (self.smallest_crop == 1 and not self.flip):

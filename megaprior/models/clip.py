@@ -101,7 +101,11 @@ class Clip(nn.Module):
         if patches is None or not count:
             patches = torch.zeros(grid**2, 3 * vision.patch_size**2, dtype=torch.uint8, device=self.device)
         images = self.embed_images(patches)[:count]
-        captions = self.embed_captions(self.pad(input_ids, cu_seqlens, max_seqlen, max(count, 1)))[:count]
+        ids = self.pad(input_ids, cu_seqlens, max_seqlen, max(count, 1))
+        if self.training:
+            text = self.config.text_config
+            ids = self.augmentation.captions(ids, hidden_id=text.bos_token_id, end_id=text.eos_token_id)
+        captions = self.embed_captions(ids)[:count]
         return PairStates(images=images, captions=captions, scale=self.temperature())
 
     def pad(self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, count: int) -> torch.Tensor:
@@ -121,7 +125,7 @@ class Clip(nn.Module):
         side, said = self.config.vision_config.image_size, self.preprocessing
         pixels = to_pixels(patches, side=side, mean=said.mean, std=said.std)
         if self.training:
-            pixels = self.augmentation(pixels)
+            pixels = self.augmentation.images(pixels)
         seen = self.vision_model(pixel_values=pixels.to(self.visual_projection.weight.dtype)).pooler_output
         return nn.functional.normalize(self.visual_projection(seen).float(), dim=-1)
 
@@ -170,7 +174,7 @@ def build_clip(
         DataError: the folder is no CLIPModel, or has fewer embeddings than the tokenizer has ids.
     """
     described = describe_clip(config, init=init, preset=preset, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
-    augmentation = Augmentation(config.smallest_crop, config.flip)
+    augmentation = Augmentation(config.smallest_crop, config.flip, config.drop_words)
     if init is not None:
         model = load_clip(init, dtype=dtype)
         model.augmentation = augmentation

@@ -35,6 +35,7 @@ class ClipConfig:
         policy: how an image becomes a square, see `TowerConfig`.
         smallest_crop: training shows a random part of each image, of at least this share of its area; 1 shows all of it.
         flip: training mirrors every other image; never where captions tell left from right.
+        drop_words: the share of a caption's tokens that training hides (BOS stands there), so that no rare word names an image.
         words: a text LM of the same tokenizer and of the text tower's width, whose token embeddings are where random weights
             begin; few captions do not teach what words mean.
     """
@@ -45,6 +46,7 @@ class ClipConfig:
     policy: Literal["square", "pad", "crop"] = "crop"
     smallest_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     flip: bool = False
+    drop_words: Annotated[float, Field(ge=0, lt=1)] = 0.0
     words: str | None = None
 
 

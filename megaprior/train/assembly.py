@@ -45,7 +45,10 @@ def resolve_init(cfg: RunConfig) -> RunConfig:
 
 def started_from(cfg: RunConfig, folder: Path) -> RunConfig:
     """`cfg` with its model read from `folder`, one that this run saved itself."""
-    clip = ClipConfig(smallest_crop=cfg.model.clip.smallest_crop, flip=cfg.model.clip.flip)  # no sizes beside a folder
+    of = cfg.model.clip
+    clip = ClipConfig(
+        smallest_crop=of.smallest_crop, flip=of.flip, drop_words=of.drop_words
+    )  # no sizes beside a folder
     sizes = {"llama": {}, "preset": None, "patch": None, "limit": None, "tower": TowerConfig(), "clip": clip}
     model = replace(cfg.model, init=str(folder), **sizes)
     return replace(cfg, model=model)

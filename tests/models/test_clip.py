@@ -127,7 +127,7 @@ def test_the_temperature_stops_at_a_hundred_and_comes_back(tmp_path):
 def test_augmentation_shows_parts_of_the_image_and_only_in_training():
     ramp = torch.linspace(0, 1, 32).expand(64, 3, 32, 32).contiguous()  # brighter to the right
     torch.manual_seed(0)
-    seen = Augmentation(smallest_crop=0.25, flip=True)(ramp)
+    seen = Augmentation(smallest_crop=0.25, flip=True).images(ramp)
     assert seen.shape == ramp.shape
     assert seen.min() >= 0
     assert seen.max() <= 1
@@ -137,13 +137,25 @@ def test_augmentation_shows_parts_of_the_image_and_only_in_training():
     assert 0.35 < widths.min() < 0.6  # sqrt(0.25 * 3/4) = 0.43
     assert widths.max() > 0.9
     torch.manual_seed(0)
-    assert torch.equal(seen, Augmentation(smallest_crop=0.25, flip=True)(ramp))
-    assert torch.equal(ramp, Augmentation()(ramp))
+    assert torch.equal(seen, Augmentation(smallest_crop=0.25, flip=True).images(ramp))
+    assert torch.equal(ramp, Augmentation().images(ramp))
     model = small(smallest_crop=0.3).eval()
     batch = row(model, pictures(4))
     assert torch.equal(model.states(**batch.inputs).images, model.states(**batch.inputs).images)
     model.train()
     assert not torch.equal(model.states(**batch.inputs).images, model.states(**batch.inputs).images)
+
+
+def test_hidden_words_leave_the_end_in_its_place():
+    ids = torch.randint(3, 90, (400, 20))
+    ids[:, 0], ids[:, 15:] = 1, 97
+    torch.manual_seed(0)
+    seen = Augmentation(drop_words=0.3).captions(ids, hidden_id=1, end_id=97)
+    assert torch.equal(seen[:, 15:], ids[:, 15:])
+    changed = seen != ids
+    assert torch.all(seen[changed] == 1)
+    assert 0.27 < changed[:, 1:15].float().mean() < 0.33
+    assert Augmentation().captions(ids, hidden_id=1, end_id=97) is ids
 
 
 # ---------------------------------------------------------------- refusals

@@ -76,7 +76,7 @@ def test_a_resumed_run_is_the_straight_one_and_replays(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    augmented = {"smallest_crop": 0.5, "flip": True}
+    augmented = {"smallest_crop": 0.5, "flip": True, "drop_words": 0.2}
     train(config(clip(world, straight, clip=augmented)))
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step_00000006")
