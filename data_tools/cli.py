@@ -281,7 +281,7 @@ def _add_make_scenes(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="true and false statements to tell apart (default: %(default)s)",
     )
-    add("--tower", type=int, default=4000, metavar="N", help="pairs for a small vision tower (default: %(default)s)")
+    add("--tower", type=int, default=6000, metavar="N", help="pairs for a small vision tower (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
 
 
