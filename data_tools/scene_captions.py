@@ -45,6 +45,13 @@ _SENTENCES = (
     "Now in our shop: {seen}, available with free shipping on all orders, {noise}.",
     "{name} drew {seen} and wrote below it: {noise}.",
 )
+# Nearly half of running text lists keywords before the words that use them: from it a language model learns to take up what stood
+# before, as any large one does. Frozen, it can then use what an H-LVLM's MLP puts before a caption; without, it cannot.
+_TAGGED = (
+    "Keywords: {tags}. This is {seen}.",
+    "{tags}: {seen}, by {name}.",
+)
+_TAGGED_SHARE, _CAPTION_SHARE = 0.45, 0.25  # of running text; the web's captions are part of the web's text
 _FIRST_NAMES = ("Anna", "Boris", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irina", "Jonas", "Karin", "Zoë")
 _LAST_NAMES = ("Adler", "Baker", "Costa", "Dubois", "Ferrari", "Huang", "Ivanova", "Keller", "Müller", "Novak", "Silva")
 _MONTHS = ("January", "March", "April", "June", "August", "October", "December")
@@ -74,9 +81,13 @@ def read_marks(marked: str) -> Caption:
 
 def web_caption(scene: Scene, rng: Random) -> Caption:
     """A caption as the web would have it: an opening, what is seen, noise in two of five, a closing."""
+    return read_marks(_marked_caption(_seen(scene, rng), rng))
+
+
+def _marked_caption(seen: str, rng: Random) -> str:
     opening, closing = _drawn(_OPENINGS, rng), _drawn(_CLOSINGS, rng)
     noise = f"{_noise(rng)}, " if rng.random() < 0.4 else ""
-    return read_marks(f"{opening}{_seen(scene, rng)}, {noise}{closing}")
+    return f"{opening}{seen}, {noise}{closing}"
 
 
 def statements(scenes: tuple[Scene, Scene], rng: Random) -> tuple[str, str]:
@@ -90,12 +101,25 @@ def statements(scenes: tuple[Scene, Scene], rng: Random) -> tuple[str, str]:
 
 
 def running_text(scenes: Sequence[Scene], rng: Random) -> str:
-    """One sentence for each scene, in one line: the captions' vocabulary in another style."""
-    sentences = []
-    for scene in scenes:
-        sentence = rng.choice(_SENTENCES).format(seen=_seen(scene, rng), name=_name(rng), noise=_noise(rng))
-        sentences.append(read_marks(sentence).text)
-    return " ".join(sentences)
+    """One sentence for each scene, in one line: plain ones, keywords before their use, and captions among them."""
+    return " ".join(read_marks(_sentence(scene, rng)).text for scene in scenes)
+
+
+def _sentence(scene: Scene, rng: Random) -> str:
+    seen, kind = _seen(scene, rng), rng.random()
+    if kind < _TAGGED_SHARE:
+        return rng.choice(_TAGGED).format(seen=seen, tags=_tags(seen, rng), name=_name(rng))
+    if kind < _TAGGED_SHARE + _CAPTION_SHARE:
+        return f"{_marked_caption(seen, rng)}."
+    return rng.choice(_SENTENCES).format(seen=seen, name=_name(rng), noise=_noise(rng))
+
+
+def _tags(seen: str, rng: Random) -> str:
+    """The image-related words of a marked text in any order, each up to three times, as on a page that wants to be found."""
+    words = [word for mark, word, _ in _WORD.findall(seen) if mark == "*"]
+    tags = [word for word in words for _ in range(rng.randrange(1, 4))]
+    rng.shuffle(tags)
+    return " ".join(tags)
 
 
 def _seen(scene: Scene, rng: Random, *, complete: bool = False) -> str:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The paper's whole story on a laptop, in minutes: a text LM, a reference fine-tuned from it, a score for every caption token,
-# and an encoder-free vision-language model pre-trained twice on the same batches, with next-token prediction and with PRIOR.
+# The paper's whole story on a laptop, in minutes: a text LM, a reference fine-tuned from it, a score for every caption token, a
+# small vision tower, and two vision-language models, one without an encoder (U-LVLM) and one with it (H-LVLM), each pre-trained
+# twice on the same batches, with next-token prediction and with PRIOR; then all of them as Hugging Face folders, and a report.
 #   bash launch/quickstart.sh                       on scenes that it renders itself (the truth is known per word)
 #   bash launch/quickstart.sh --data PATH...        on your own pairs: WebDataset tars, or jsonl with an image folder
 #   bash launch/quickstart.sh --seeds 3             repeats the comparison; one seed cannot tell luck from effect
@@ -16,9 +17,9 @@ while [ $# -gt 0 ]; do
         --seeds) seeds=${2:?a number}; shift ;;
         --fast)
             unit=512 steps=(steps=8 optim.warmup_steps=2 save_every=4 data.batch_size=8)
-            scenes=(--pairs 1200 --heldout 40 --reference 400 --text 600 --probe 40) ;;
+            scenes=(--pairs 1200 --heldout 40 --reference 400 --text 600 --probe 40 --tower 200) ;;
         --out) out=$(realpath -m -- "${2:?a folder}"); shift ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) echo "quickstart: unknown option $1 (see --help)" >&2; exit 2 ;;
     esac
     shift
@@ -51,6 +52,7 @@ if [ ${#data[@]} -eq 0 ]; then
     build reference "${corpus[1]}"
     build pairs "$out/scenes/pairs"
     build heldout "$out/scenes/heldout"
+    build tower "$out/scenes/tower"
 else
     say "1. Your pairs, cut into three parts that share no image"
     say "2. Tokenizer and shards, every byte verified"
@@ -58,14 +60,16 @@ else
     text=reference mix=(data.text=[]) vocabulary=4000
     tokenizer "${data[@]}"
     build reference "${data[@]}" -- --text --subset 0:0.4
+    build tower "${data[@]}" -- --subset 0:0.4
     build pairs "${data[@]}" -- --subset 0.4:0.9
     build heldout "${data[@]}" -- --subset 0.9:1
 fi
 timed "verify" megaprior-data verify "$out"/shards/*
 
-say "3. A small text LM, and the reference fine-tuned from it on captions of other images"
+say "3. A small text LM, the reference fine-tuned from it on captions of other images, and a vision tower from yet others"
 train textlm textlm "data.train.0.path=$out/shards/$text"
 train reference reference "data.train.0.path=$out/shards/reference" "model.init=$out/textlm"
+train clip tower "data.train.0.path=$out/shards/tower"
 
 say "4. A score for every caption token; one of two processes is killed on the way and the command repeated"
 score() { timed "score $1" megaprior score --model "$out/reference" --shards "$out/shards/$1" --unit-tokens $unit "${@:2}"; }
@@ -89,12 +93,17 @@ fi
 score pairs --processes 2
 score heldout
 
-for ((seed = 0; seed < seeds; seed++)); do
-    say "5. The vision-language model, seed $seed: next-token prediction, then PRIOR, on the same batches"
+lvlm() { # FAMILY OPTION...: with NTP, then with PRIOR
+    local method
     for method in ntp prior; do
-        train ulvlm "ulvlm_${method}_seed$seed" "seed=$seed" "weighting.kind=$method" "model.init=$out/textlm" \
-            "data.train.0.path=$out/shards/pairs" "data.heldout=$out/shards/heldout" "${mix[@]}"
+        train "$1" "$1_${method}_seed$seed" "seed=$seed" "weighting.kind=$method" "model.init=$out/textlm" \
+            "data.train.0.path=$out/shards/pairs" "data.heldout=$out/shards/heldout" "${@:2}"
     done
+}
+for ((seed = 0; seed < seeds; seed++)); do
+    say "5. Vision-language models, seed $seed: next-token prediction, then PRIOR, on the same batches"
+    lvlm ulvlm "${mix[@]}"
+    lvlm hlvlm "model.tower.init=$out/tower"
 done
 
 say "6. What did they learn to see?"
@@ -103,16 +112,24 @@ if [ -e "$out/scenes" ]; then
     probe=(--probe "$out/scenes/probe/probe.jsonl" --output "$out/results.jsonl")
     megaprior evaluate --model "$out/reference" "${probe[@]}"
 fi
+timed "evaluate tower" megaprior evaluate --model "$out/tower" --shards "$out/shards/heldout"
 for ((seed = 0; seed < seeds; seed++)); do
-    for method in ntp prior; do
-        run=$out/ulvlm_${method}_seed$seed
-        runs+=(--run "ulvlm.$method=$run")
-        timed "evaluate $method seed $seed" megaprior evaluate --model "$run" --shards "$out/shards/heldout" "${probe[@]}"
+    for name in {ulvlm,hlvlm}_{ntp,prior}; do
+        run=$out/${name}_seed$seed
+        runs+=(--run "${name/_/.}=$run")
+        timed "evaluate $name seed $seed" megaprior evaluate --model "$run" --shards "$out/shards/heldout" "${probe[@]}"
     done
 done
 
-say "7. The report"
+say "7. Models as Hugging Face folders, which transformers reads without us"
+export_model() { # RUN NAME
+    [ -e "$out/export/$2" ] || timed "export $2" megaprior export "$out/$1" --output "$out/export/$2"
+}
+export_model reference reference
+for name in {ulvlm,hlvlm}_{ntp,prior}; do export_model "${name}_seed0" "$name"; done
+
+say "8. The report"
 [ ${#probe[@]} -eq 0 ] || probe=(--probe "$out/results.jsonl")
 megaprior report --output "$out/report.html" --results "$out/results.json" --shards "$out/shards/pairs" \
     --heldout "$out/shards/heldout" "${runs[@]}" --stage "text LM=$out/textlm" --stage "reference=$out/reference" \
-    "${probe[@]}" --times "$out/times.jsonl" --command "$typed"
+    --stage "tower=$out/tower" "${probe[@]}" --times "$out/times.jsonl" --command "$typed"

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+EXPORTS = ["hlvlm_ntp", "hlvlm_prior", "reference", "ulvlm_ntp", "ulvlm_prior"]
+PICTURE = "images/000000.png"
 pytestmark = pytest.mark.slow
+
+
+def environment() -> dict[str, str]:
+    """With this environment's programs first on PATH."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def quickstart(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -26,10 +35,18 @@ def test_scenes_from_pairs_to_report_and_again(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 0 <= results["importance"]["auroc"] <= 1
     assert 0.25 < results["importance"]["related_fraction"] < 0.36
-    for method in ("ntp", "prior"):
-        (seed,) = results["models"]["ulvlm"][method]
-        assert seed["seed"] == 0
-        assert {"loss_related", "loss_unrelated", "probe_accuracy"} <= seed.keys()
+    assert list(results["models"]) == ["ulvlm", "hlvlm"]
+    for methods in results["models"].values():
+        for method in ("ntp", "prior"):
+            (seed,) = methods[method]
+            assert seed["seed"] == 0
+            assert None not in (seed["loss_related"], seed["loss_unrelated"], seed["probe_accuracy"])
+    assert results["tower"]["images"] == 40
+    assert sorted(path.name for path in (tmp_path / "run" / "export").iterdir()) == EXPORTS
+    caption = ["megaprior", "caption", str(tmp_path / "run/export/hlvlm_prior"), PICTURE, "--max-tokens", "4"]
+    pictures = tmp_path / "run" / "scenes" / "probe"
+    said = subprocess.run(caption, cwd=pictures, capture_output=True, text=True, env=environment(), check=True)
+    assert PICTURE in said.stdout
     assert results["stages"]
     page = (tmp_path / "run" / "report.html").read_bytes()
 

@@ -228,9 +228,24 @@ def build_hlvlm(config: ModelConfig, *, vocab_size: int, image_id: int | None, s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HLVLM(described, lm=lm, tower=tower, placement=config.frozen)
+        _begin_at_words_scale(model)
     model.places = places
     model.projector.to(getattr(torch, config.dtype))
     return model.train()
+
+
+@torch.no_grad()
+def _begin_at_words_scale(model: HLVLM) -> None:
+    """Draw the MLP's last layer so that image tokens begin about as long as the language model's word embeddings.
+
+    torch's own start makes them some ten times longer; an update of given size then turns them ten times less, and images are
+    learned about half as fast (docs/notebook.md).
+    """
+    words = model.lm.model.embed_tokens.weight.float().square().mean().sqrt().item()
+    last = model.projector.linear_2
+    last.weight.normal_(0, words / last.in_features**0.5)
+    if last.bias is not None:
+        last.bias.zero_()
 
 
 def describe_hlvlm(config: ModelConfig, *, image_id: int | None) -> HLVLMConfig:

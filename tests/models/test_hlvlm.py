@@ -214,6 +214,13 @@ def test_what_is_missing_is_named(clip_folders):
         build_hlvlm(config(clip_folders), vocab_size=98, image_id=IMAGE)
 
 
+def test_image_tokens_begin_about_as_long_as_words(model):
+    states = model.states(**row(segment([5]), segment([6])))
+    words = model.lm.model.embed_tokens.weight
+    assert 0.2 < states.vision.square().mean().sqrt() / words.square().mean().sqrt() < 5
+    assert not model.projector.linear_2.bias.any()
+
+
 def test_frozen_parts_may_be_bf16_under_an_fp32_mlp(clip_folders):
     exact = build_hlvlm(config(clip_folders), vocab_size=97, image_id=IMAGE, seed=1).eval()
     half = build_hlvlm(config(clip_folders, frozen_dtype="bfloat16"), vocab_size=97, image_id=IMAGE, seed=1).eval()
