@@ -86,10 +86,15 @@ class MetricsLog:
         """Append `values`; "kind" and "step" name the TensorBoard series and its position."""
         self._file.write(json.dumps(values, allow_nan=False, default=str) + "\n")
         self._file.flush()
-        if self._board is not None and "step" in values:
+        if self._board is None or "step" not in values:
+            return
+        try:
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"{values.get('kind', 'run')}/{name}", value, values["step"])
+        except Exception as error:  # whatever its writer thread met: a full disk, a folder that is gone
+            self._board = None
+            say(f"TensorBoard is off from here on ({error}); {self.path} is complete without it")
 
     def close(self) -> None:
         """Close both logs."""

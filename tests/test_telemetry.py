@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,25 @@ def test_every_metrics_line_is_on_disk_at_once(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_run_outlives_its_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder is gone while the run goes on; its own thread notices when it next flushes."""
+    log = MetricsLog(tmp_path)
+    shutil.rmtree(tmp_path / "tensorboard")
+    with contextlib.suppress(Exception):
+        log._board.flush()
+    for step in range(200):
+        log.write({"kind": "train", "step": step, "loss": 1.0})
+        if log._board is None:
+            break
+        time.sleep(0.02)
+    assert log._board is None
+    log.write({"kind": "train", "step": 1000, "loss": 1.0})
+    log.close()
+    lines = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [*range(step + 1), 1000]
+    assert "TensorBoard is off from here on" in capsys.readouterr().err
 
 
 def test_a_number_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
