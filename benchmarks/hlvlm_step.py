@@ -21,7 +21,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.side_by_side import Arm, Ours, Plain, run, vision_spec
-from megaprior.models.hlvlm import HLVLM, build_hlvlm
+from megaprior.models.hlvlm import HLVLM
+from megaprior.models.hlvlm_folder import build_hlvlm
 from megaprior.models.lm import ModelConfig, build_text_lm
 from megaprior.models.vision import TowerConfig, load_clip_vision, to_pixels
 from megaprior.tokenizer import Tokenizer

@@ -45,13 +45,9 @@ _SENTENCES = (
     "Now in our shop: {seen}, available with free shipping on all orders, {noise}.",
     "{name} drew {seen} and wrote below it: {noise}.",
 )
-# Nearly half of running text lists keywords before the words that use them: from it a language model learns to take up what stood
-# before, as any large one does. Frozen, it can then use what an H-LVLM's MLP puts before a caption; without, it cannot.
-_TAGGED = (
-    "Keywords: {tags}. This is {seen}.",
-    "{tags}: {seen}, by {name}.",
-)
-_TAGGED_SHARE, _CAPTION_SHARE = 0.45, 0.25  # of running text; the web's captions are part of the web's text
+# Two thirds of running text are captions behind their keywords in any order: from them a language model learns captions,
+# and to take up what stood before, as any large one does. Frozen, it can then use what an H-LVLM's MLP puts before a caption.
+_TAGGED_SHARE = 2 / 3
 _FIRST_NAMES = ("Anna", "Boris", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irina", "Jonas", "Karin", "Zoë")
 _LAST_NAMES = ("Adler", "Baker", "Costa", "Dubois", "Ferrari", "Huang", "Ivanova", "Keller", "Müller", "Novak", "Silva")
 _MONTHS = ("January", "March", "April", "June", "August", "October", "December")
@@ -101,25 +97,17 @@ def statements(scenes: tuple[Scene, Scene], rng: Random) -> tuple[str, str]:
 
 
 def running_text(scenes: Sequence[Scene], rng: Random) -> str:
-    """One sentence for each scene, in one line: plain ones, keywords before their use, and captions among them."""
-    return " ".join(read_marks(_sentence(scene, rng)).text for scene in scenes)
+    """Something on each scene, in one line: a sentence, or keywords and a caption that uses them."""
+    return " ".join(read_marks(_passage(scene, rng)).text for scene in scenes)
 
 
-def _sentence(scene: Scene, rng: Random) -> str:
-    seen, kind = _seen(scene, rng), rng.random()
-    if kind < _TAGGED_SHARE:
-        return rng.choice(_TAGGED).format(seen=seen, tags=_tags(seen, rng), name=_name(rng))
-    if kind < _TAGGED_SHARE + _CAPTION_SHARE:
-        return f"{_marked_caption(seen, rng)}."
+def _passage(scene: Scene, rng: Random) -> str:
+    seen = _seen(scene, rng)
+    if rng.random() < _TAGGED_SHARE:
+        tags = [word for mark, word, _ in _WORD.findall(seen) if mark == "*"]
+        rng.shuffle(tags)
+        return f"{' '.join(tags)}: {_marked_caption(seen, rng)}."
     return rng.choice(_SENTENCES).format(seen=seen, name=_name(rng), noise=_noise(rng))
-
-
-def _tags(seen: str, rng: Random) -> str:
-    """The image-related words of a marked text in any order, each up to three times, as on a page that wants to be found."""
-    words = [word for mark, word, _ in _WORD.findall(seen) if mark == "*"]
-    tags = [word for word in words for _ in range(rng.randrange(1, 4))]
-    rng.shuffle(tags)
-    return " ".join(tags)
 
 
 def _seen(scene: Scene, rng: Random, *, complete: bool = False) -> str:

@@ -38,6 +38,7 @@ from megaprior.tokenizer import Tokenizer, load_model_tokenizer
 from megaprior.train.checkpoint import resolve_model
 
 if TYPE_CHECKING:
+    from megaprior.models.hlvlm import HLVLM
     from megaprior.models.lm import TextLM
 
 _FORMAT = "megaprior.result"
@@ -182,7 +183,7 @@ class _Statements:
         self.bos_id, self.spec, self.row_tokens = tokenizer.bos_id, spec, row_tokens
 
     @torch.inference_mode()
-    def log_likelihoods(self, model: TextLM, images: Sequence[Path]) -> np.ndarray:
+    def log_likelihoods(self, model: TextLM | HLVLM, images: Sequence[Path]) -> np.ndarray:
         """float64 [I, 2]: log p(statement and EOS | image), natural log, of the true and the false one, after `images` [I]."""
         found = np.empty(len(self.tokens))
         with progress(len(self.tokens), "probe", "statements") as shown:

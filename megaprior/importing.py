@@ -26,7 +26,8 @@ from megaprior.export.foreign import plain, shell
 from megaprior.files import atomic_folder
 from megaprior.models.fingerprint import model_fingerprint
 from megaprior.models.folder import load_whole, model_type, quiet
-from megaprior.models.hlvlm import HLVLM, HLVLMConfig, load_hlvlm
+from megaprior.models.hlvlm import HLVLM, HLVLMConfig
+from megaprior.models.hlvlm_folder import load_hlvlm
 from megaprior.models.lm import load_text_lm
 from megaprior.models.ulvlm import load_ulvlm
 from megaprior.models.ulvlm_portable import ULVLMConfig

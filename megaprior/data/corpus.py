@@ -172,7 +172,7 @@ class Corpus:
         assert self.spec is not None
         raise DataError(
             f"{self.describe(int(ids[worst]))}: its image with BOS and one caption token takes {needed:,} tokens, a row holds "
-            f"{self.max_tokens:,}; raise max_tokens to at least {needed:,} or lower the image limit of {self.spec.limit} pixels"
+            f"{self.max_tokens:,}; raise max_tokens to at least {needed:,} or {self.spec.fewer_tokens}"
         )
 
     def survey(self, source: int) -> Survey:

@@ -29,6 +29,11 @@ class VisionSpec(ABC):
 
     patch: int  # side of a patch, in pixels
 
+    @property
+    @abstractmethod
+    def fewer_tokens(self) -> str:
+        """What makes an image's tokens fewer, for messages."""
+
     @staticmethod
     def of(config: Any) -> VisionSpec | None:
         """As a model's configuration has it; None for a text-only model.
@@ -83,6 +88,11 @@ class PatchSpec(VisionSpec):
     row_id: int
     end_id: int
 
+    @property
+    def fewer_tokens(self) -> str:
+        """See `VisionSpec`."""
+        return f"lower the image limit of {self.limit} pixels"
+
     def tokens(self, size: tuple[int, int]) -> int:
         """columns * rows + (rows - 1) separators + 2."""
         columns, rows = self.grid(size)
@@ -119,6 +129,11 @@ class TowerSpec(VisionSpec):
     policy: Policy
     fill: tuple[int, ...]
     image_id: int | None
+
+    @property
+    def fewer_tokens(self) -> str:
+        """See `VisionSpec`."""
+        return f"take a tower that sees fewer than {(self.side // self.patch) ** 2} patches"
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """The same for every image."""

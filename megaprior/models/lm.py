@@ -240,7 +240,7 @@ def from_scratch(kind: type[Model], llama: LlamaConfig, config: ModelConfig, *, 
     return model.to(getattr(torch, config.dtype))
 
 
-def check_vocabulary(model: TextLM, vocab_size: int, *, source: str) -> None:
+def check_vocabulary(model: Any, vocab_size: int, *, source: str) -> None:
     """Refuse a model that has no embedding for some of the tokenizer's ids (spare rows are usual and welcome)."""
     rows = model.config.get_text_config().vocab_size
     if rows < vocab_size:

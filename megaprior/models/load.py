@@ -9,7 +9,8 @@ from torch import nn
 
 from megaprior.models.attention import Backend
 from megaprior.models.folder import model_type
-from megaprior.models.hlvlm import HLVLM, HLVLMConfig, load_hlvlm
+from megaprior.models.hlvlm import HLVLM, HLVLMConfig
+from megaprior.models.hlvlm_folder import load_hlvlm
 from megaprior.models.lm import TextLM, load_text_lm
 from megaprior.models.ulvlm import ULVLMConfig, load_ulvlm
 

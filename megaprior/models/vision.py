@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
         self.config = clip.config
         self.embeddings, self.pre_layrnorm, self.encoder = clip.embeddings, clip.pre_layrnorm, clip.encoder
         self.encoder.layers = self.encoder.layers[:-1]
-        self._mean, self._std = tuple(mean), tuple(std)
+        self.side, self._mean, self._std = square_side(clip.config), tuple(mean), tuple(std)
         self.requires_grad_(False)
         self.eval()
 
@@ -72,7 +72,7 @@ class VisionTower(nn.Module):
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [I * P, D] -> (patch features [I, P, W], CLS features [I, W]) of CLIP's hidden_states[-2]."""
         dtype = self.pre_layrnorm.weight.dtype
-        pixels = to_pixels(patches, side=self.config.image_size, mean=self._mean, std=self._std)
+        pixels = to_pixels(patches, side=self.side, mean=self._mean, std=self._std)
         hidden = self.pre_layrnorm(self.embeddings(pixels.to(dtype)))
         hidden = self.encoder(inputs_embeds=hidden).last_hidden_state
         return hidden[:, 1:], hidden[:, 0]
@@ -122,12 +122,27 @@ def read_vision_config(folder: Path | str) -> CLIPVisionConfig:
     if kind not in KINDS:
         raise DataError(f"{folder}: model_type is {kind!r}, a vision tower is one of {', '.join(KINDS)}")
     config = CLIPVisionConfig.from_pretrained(folder, local_files_only=True)
-    if config.image_size % config.patch_size or config.num_hidden_layers < 2:
+    if square_side(config) % square_side(config, patch=True) or config.num_hidden_layers < 2:
         raise DataError(
             f"{folder}: {config.num_hidden_layers} layers, {config.image_size} pixels in patches of {config.patch_size}: a tower "
             "has at least 2 layers and whole patches"
         )
     return config
+
+
+def square_side(config: CLIPVisionConfig, *, patch: bool = False) -> int:
+    """Pixels of a side of the image, or of a patch; transformers also allows oblongs, which no CLIP has."""
+    side = config.patch_size if patch else config.image_size
+    if not isinstance(side, int):
+        raise DataError(
+            f"a tower sees squares in square patches, this one {config.image_size} in {config.patch_size} pixels"
+        )
+    return side
+
+
+def patches_per_side(config: CLIPVisionConfig) -> int:
+    """The root of the number of an image's tokens."""
+    return square_side(config) // square_side(config, patch=True)
 
 
 def read_preprocessing(folder: Path | str, policy: Literal["auto", "square", "pad", "crop"]) -> Preprocessing:

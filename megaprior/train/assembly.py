@@ -14,7 +14,8 @@ from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
 from megaprior.models.clip import Clip, build_clip
 from megaprior.models.clip_config import ClipConfig
-from megaprior.models.hlvlm import HLVLM, build_hlvlm
+from megaprior.models.hlvlm import HLVLM
+from megaprior.models.hlvlm_folder import build_hlvlm
 from megaprior.models.lm import TextLM, build_text_lm
 from megaprior.models.ulvlm import build_ulvlm
 from megaprior.models.vision import TowerConfig

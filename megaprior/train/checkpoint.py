@@ -21,6 +21,7 @@ from megaprior.files import block_digests, read_manifest
 from megaprior.telemetry import say
 
 if TYPE_CHECKING:
+    from megaprior.models.hlvlm import HLVLM
     from megaprior.models.lm import TextLM
 
 FORMAT = "megaprior.checkpoint"
@@ -144,8 +145,8 @@ def resolve_model(path: Path | str) -> Path:
     return path
 
 
-def load_model_folder(path: Path | str, *, dtype: str = "float32") -> TextLM:
-    """The model that `resolve_model(path)` holds (a text LM or a U-LVLM, by its configuration), in evaluation mode.
+def load_model_folder(path: Path | str, *, dtype: str = "float32") -> TextLM | HLVLM:
+    """The model that `resolve_model(path)` holds (text LM, U-LVLM or H-LVLM, by its configuration), in evaluation mode.
 
     Raises:
         DataError: as `resolve_model`, or the folder is not such a model's.

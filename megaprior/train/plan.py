@@ -9,7 +9,8 @@ import torch
 from megaprior.data.vision import VisionSpec
 from megaprior.models.clip_config import describe_clip
 from megaprior.models.folder import model_type
-from megaprior.models.hlvlm import HLVLMConfig, describe_hlvlm, read_hlvlm_config
+from megaprior.models.hlvlm import HLVLMConfig
+from megaprior.models.hlvlm_folder import describe_hlvlm, read_hlvlm_config
 from megaprior.models.lm import TextLM, start_config
 from megaprior.models.ulvlm import ULVLM, ULVLMConfig
 from megaprior.tokenizer import VISION_ROLES, Tokenizer

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megaprior.data.corpus import Corpus
 from megaprior.data.samples import Segment, assemble
+from megaprior.data.shards import ShardSet
 from megaprior.data.vision import PatchSpec, TowerSpec, VisionSpec, segment_length, square
+from megaprior.errors import DataError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FILL = tuple(int(255 * value) for value in MEAN)
@@ -91,6 +94,17 @@ def test_a_row_holds_the_images_of_its_captions():
     assert row.patch_index.tolist() == [1, 2, 3, 4, 9, 10, 11, 12]
     np.testing.assert_array_equal(row.patches.numpy(), np.concatenate(images))
     assert row.loss_index.tolist() == [4, 5, 6, 12, 13, 14], "the last image token predicts the first word"
+
+
+def test_a_row_too_short_for_the_tower_is_refused_with_the_remedy(write_shards, content):
+    shards = ShardSet.open(write_shards("few", content([[5, 2]], sizes=[(40, 30)])))
+    corpus = Corpus([shards], spec=tower(), max_tokens=5)
+    remedy = (
+        r"takes 6 tokens, a row holds 5; raise max_tokens to at least 6 or take a tower that sees fewer than 4 patches"
+    )
+    with pytest.raises(DataError, match=remedy):
+        corpus.survey(0)
+    corpus.close()
 
 
 def test_an_image_may_take_no_place_in_the_row():

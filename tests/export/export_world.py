@@ -48,7 +48,7 @@ def make_world(root: Path) -> World:
     """Every kind of `KINDS`, and "clip"."""
     from transformers import CLIPConfig, CLIPModel
 
-    from megaprior.models.hlvlm import build_hlvlm
+    from megaprior.models.hlvlm_folder import build_hlvlm
     from megaprior.models.lm import ModelConfig, build_text_lm
     from megaprior.models.ulvlm import build_ulvlm
     from megaprior.models.vision import TowerConfig

@@ -15,7 +15,8 @@ from megaprior.cli import main
 from megaprior.data.images import decode_rgb
 from megaprior.errors import DataError
 from megaprior.importing import import_model
-from megaprior.models.hlvlm import HLVLM, build_hlvlm
+from megaprior.models.hlvlm import HLVLM
+from megaprior.models.hlvlm_folder import build_hlvlm
 from megaprior.models.lm import ModelConfig, build_text_lm
 from megaprior.models.load import load_model
 from megaprior.models.ulvlm import build_ulvlm

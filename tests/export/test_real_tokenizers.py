@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from megaprior.data.images import decode_rgb
 from megaprior.export import export
 from megaprior.export.foreign import load_foreign
-from megaprior.models.hlvlm import build_hlvlm
+from megaprior.models.hlvlm_folder import build_hlvlm
 from megaprior.models.lm import ModelConfig, build_text_lm
 from megaprior.models.ulvlm import build_ulvlm
 from megaprior.models.vision import TowerConfig

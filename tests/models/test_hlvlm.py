@@ -11,7 +11,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from megaprior.errors import DataError, UsageError
 from megaprior.models.fingerprint import model_fingerprint
-from megaprior.models.hlvlm import HLVLM, build_hlvlm, load_hlvlm
+from megaprior.models.hlvlm import HLVLM
+from megaprior.models.hlvlm_folder import build_hlvlm, load_hlvlm
 from megaprior.models.lm import ModelConfig
 from megaprior.models.load import load_model
 from megaprior.models.vision import TowerConfig, load_clip_vision, to_pixels

@@ -27,10 +27,10 @@ def test_it_loads_and_passes_the_checks_of_a_start(path: Path) -> None:
         deepspeed_config(extras, precision=cfg.precision, world=8, universal=False)
 
 
-def test_the_baseline_differs_from_prior_in_two_fields() -> None:
-    prior, ntp = (
-        load_config(RunConfig, LAUNCH / "configs" / f"{name}.yaml") for name in ("ulvlm_paper", "ulvlm_ntp_paper")
-    )
+@pytest.mark.parametrize("family", ["ulvlm", "hlvlm"])
+def test_the_baseline_differs_from_prior_in_two_fields(family: str) -> None:
+    names = (f"{family}_paper", f"{family}_ntp_paper")
+    prior, ntp = (load_config(RunConfig, LAUNCH / "configs" / f"{name}.yaml") for name in names)
     differing = {name for name in vars(prior) if getattr(prior, name) != getattr(ntp, name)}
     assert differing == {"out", "weighting"}
 
