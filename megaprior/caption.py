@@ -5,7 +5,6 @@ Letters: T tokens of the prompt, n tokens of the caption, V vocabulary.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,27 +125,15 @@ def write_caption(foreign: Foreign, tokenizer: Tokenizer, picture: Any, *, max_t
     logprobs = torch.stack(output.logits)[:, 0].float().log_softmax(-1)  # [n, V]
     ids = new.tolist()
     return Caption(
-        texts=_texts(tokenizer, ids),
+        texts=tokenizer.texts(ids),
         logprobs=logprobs.gather(1, new[:, None])[:, 0].tolist(),
         ended=ids[-1] == tokenizer.eos_id,
     )
 
 
-def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    known = [tokenizer.token_bytes(i) if i < tokenizer.vocab_size else b"" for i in ids]
-    texts = [decoder.decode(part) for part in known]
-    if texts:
-        texts[0] = texts[0].removeprefix(" ")
-        texts[-1] += decoder.decode(b"", final=True)
-    return texts
-
-
 def _read(path: Path) -> Any:
     try:
-        picture = decode_rgb(path.read_bytes())
-        picture.info.clear()  # its EXIF rotation is applied; a processor that finds it again would turn the picture twice
-        return picture
+        return decode_rgb(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; give image files") from None
     except DataError as error:

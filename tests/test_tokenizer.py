@@ -164,6 +164,19 @@ def test_spans_conserve_real_captions(real: dict[str, Tokenizer], shared: Callab
             check_spans(tokenizer, text)
 
 
+def test_texts_spell_the_caption_and_spread_characters_appear_whole(trained: Tokenizer) -> None:
+    for caption in ["a red square", "Zoë met a 🎉 at dusk", "", "  two  spaces"]:
+        ids = [*trained.encode(caption), trained.eos_id, trained.vocab_size]
+        texts = trained.texts(ids)
+        assert len(texts) == len(ids)
+        assert "".join(texts) == caption
+        assert texts[-2:] == ["", ""]
+    party = trained.encode("🎉")
+    assert [text for text in trained.texts(party) if text.strip()] == ["🎉"]
+    assert len(party) >= 4  # four bytes, none of them a character
+    assert trained.texts(party[:-1])[-1] == "\ufffd", "a character cut at the end"
+
+
 def test_spans_conserve_awkward_text(trained: Tokenizer, byte_level: Path, tmp_path: Path) -> None:
     for tokenizer in (trained, load_tokenizer(byte_level), load_tokenizer(as_tokenizer_json(trained, tmp_path))):
         for text in [*AWKWARD, *TEXT]:

@@ -6,7 +6,6 @@ Letters: k tokens of a caption.
 from __future__ import annotations
 
 import base64
-import codecs
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,7 +81,7 @@ def _view(shards: ShardSet, index: int, losses: Losses, tokenizer: Tokenizer) ->
         g = np.full(len(w), np.nan)
         g[places] = _weights(w[places])
     truth = shards.word_class(index) if shards.has_word_class else None
-    texts = token_texts(tokenizer, tokens[:_LONGEST].tolist())
+    texts = tokenizer.texts(tokens[:_LONGEST].tolist())
     shown = []
     for at, text in enumerate(texts):
         numbers = {
@@ -194,15 +193,6 @@ def _tip(numbers: Mapping[str, Any]) -> str:
 def _alt(caption: str) -> str:
     text = " ".join(caption.split())
     return f"Picture with the caption: {text[:_ALT].rstrip()}{'…' if len(text) > _ALT else ''}"
-
-
-def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """The text that each id adds; a character spread over several ids appears with the last of them."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    texts = [decoder.decode(tokenizer.token_bytes(token)) for token in ids]
-    if texts:
-        texts[0] = texts[0].removeprefix(" ")
-    return texts
 
 
 def _thumbnail(shards: ShardSet, index: int) -> tuple[str | None, bool]:

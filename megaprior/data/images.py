@@ -225,7 +225,9 @@ def _decode(picture: ImageFile.ImageFile) -> Image.Image:
     orientation = _orientation(picture)
     picture.load()
     image = _flattened(picture)
-    return image if orientation == 1 else image.transpose(turns[orientation - 2])
+    image = image if orientation == 1 else image.transpose(turns[orientation - 2])
+    image.info.clear()  # whoever found the EXIF block there again would turn the picture twice
+    return image
 
 
 def _flattened(picture: Image.Image) -> Image.Image:

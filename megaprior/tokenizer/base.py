@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import struct
@@ -68,6 +69,18 @@ class Tokenizer(ABC):
     def token_bytes(self, token_id: int) -> bytes:
         """What one id adds to the text; empty for control tokens."""
         return self._vocabulary[token_id] or b""
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """What each id adds to the text, the dummy space before the first left out; ids beyond the vocabulary add nothing.
+
+        A character that is spread over several ids appears with the last of them; one cut at the end becomes U+FFFD.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        found = [decoder.decode(self.token_bytes(i) if i < self.vocab_size else b"") for i in ids]
+        if found:
+            found[0] = found[0].removeprefix(" ")
+            found[-1] += decoder.decode(b"", final=True)
+        return found
 
     def token_spans(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Bytes [start, end) of `text.encode()` that each id stands for, in order and without gaps.

@@ -128,9 +128,8 @@ def frozen_digest(engine: Engine) -> str | None:
     for name, tensor in engine.frozen():
         if engine.place.rank == 0:
             raw = tensor.detach().cpu().contiguous().view(torch.uint8)
-            entries.append(
-                [name, list(tensor.shape), str(tensor.dtype), digest_bytes(memoryview(raw.numpy()).cast("B"))]
-            )
+            flat = memoryview(raw.flatten().numpy())  # type: ignore[arg-type]
+            entries.append([name, list(tensor.shape), str(tensor.dtype), digest_bytes(flat)])
     return digest_json(entries) if entries else None
 
 

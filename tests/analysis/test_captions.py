@@ -9,24 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megaprior.analysis.captions import caption_views, ranks, token_texts
+from megaprior.analysis.captions import caption_views, ranks
 from megaprior.analysis.losses import TokenLosses
 from megaprior.data.shards import ShardSet
-from megaprior.tokenizer import Tokenizer
 
 CAPTIONS = ["a red square", "Zoë met a 🎉 at dusk", "one", "two blue circles", "three"]
-
-
-def test_token_texts_spell_the_caption_and_cut_characters_appear_whole(tokenizer: Tokenizer) -> None:
-    for caption in [*CAPTIONS, "", "  two  spaces"]:
-        ids = [*tokenizer.encode(caption), tokenizer.eos_id]
-        texts = token_texts(tokenizer, ids)
-        assert len(texts) == len(ids)
-        assert "".join(texts) == caption
-        assert texts[-1] == ""
-    party = token_texts(tokenizer, tokenizer.encode("🎉"))
-    assert [text for text in party if text.strip()] == ["🎉"]
-    assert len(party) >= 4  # four bytes, none of them a character
 
 
 def test_views_are_evenly_spaced_and_carry_every_number(
