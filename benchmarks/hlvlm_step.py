@@ -46,13 +46,13 @@ class PlainLlava(nn.Module):
         projector = self.llava.model.multi_modal_projector
         projector.load_state_dict(model.projector.state_dict())
         projector.requires_grad_(True)
-        self.mean, self.std = tuple(model.config.image_mean or ()), tuple(model.config.image_std or ())
+        self.seen = model.preprocessing
 
     def forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor, patches: torch.Tensor
     ) -> torch.Tensor:
         """input_ids, mask, labels int64 [B, T], patches uint8 [B * P, 3 * patch^2] -> mean loss, 0-d."""
-        pixels = to_pixels(patches, side=SIDE, mean=self.mean, std=self.std)
+        pixels = to_pixels(patches, side=SIDE, mean=self.seen.mean, std=self.seen.std)
         return self.llava(input_ids=input_ids, pixel_values=pixels, attention_mask=mask, labels=labels).loss
 
 

@@ -17,13 +17,11 @@ from typing import Any, Literal
 import torch
 from transformers import (
     AutoProcessor,
-    CLIPImageProcessorPil,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -35,7 +33,7 @@ from megaprior.models.hlvlm import HLVLM
 from megaprior.models.lm import TextLM
 from megaprior.models.ulvlm import ULVLM
 from megaprior.models.ulvlm_portable import ULVLMConfig, ULVLMForCausalLM, ULVLMProcessor
-from megaprior.models.vision import load_clip_vision
+from megaprior.models.vision import image_processor, load_clip_vision
 from megaprior.telemetry import say
 from megaprior.tokenizer import Tokenizer
 from megaprior.tokenizer.hugging_face import name_control, to_hugging_face
@@ -173,7 +171,7 @@ def _llava(ours: HLVLM, tokenizer: Tokenizer) -> Foreign:
         say(f"the tokenizer reserves no id for images: {IMAGE_TOKEN} becomes id {image_id}, with a row of its own")
     fast = _fast(tokenizer, config.text_config.max_position_embeddings, image_id=image_id)  # type: ignore[union-attr]
     processor = LlavaProcessor(
-        image_processor(ours.config),
+        image_processor(ours.tower.side, ours.preprocessing),
         fast,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -181,18 +179,6 @@ def _llava(ours: HLVLM, tokenizer: Tokenizer) -> Foreign:
         num_additional_image_tokens=1,
     )
     return Foreign("hlvlm", _finished(model, tokenizer, silent=(image_id,)), processor, appended=image_id == rows)
-
-
-def image_processor(config: Any) -> Any:
-    """transformers' Pillow processor that does what the configuration's `image_policy` says (see `data.vision.square`)."""
-    side = config.vision_config.image_size
-    fixed, shortest = {"height": side, "width": side}, {"shortest_edge": side}
-    common = {"image_mean": config.image_mean, "image_std": config.image_std}
-    if config.image_policy == "pad":
-        return LlavaImageProcessorPil(**common, do_pad=True, size=fixed, do_center_crop=False, crop_size=fixed)
-    if config.image_policy == "crop":
-        return CLIPImageProcessorPil(**common, size=shortest, crop_size=fixed)
-    return CLIPImageProcessorPil(**common, size=fixed, do_center_crop=False, crop_size=fixed)
 
 
 # ---------------------------------------------------------------- parts

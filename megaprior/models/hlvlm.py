@@ -25,7 +25,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from megaprior.models.head import LossHead
 from megaprior.models.lm import TextLM
 from megaprior.models.outputs import States
-from megaprior.models.vision import VisionTower, patches_per_side
+from megaprior.models.vision import Preprocessing, VisionTower, patches_per_side
 
 FROZEN = "frozen."  # what the names of partitioned frozen parameters begin with
 WEIGHTS = "model.safetensors"
@@ -84,6 +84,12 @@ class HLVLM(nn.Module):
     def lm_head(self) -> LossHead:
         """The language model's head."""
         return self.lm.lm_head  # type: ignore[return-value]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What happens to an image before the tower."""
+        said = self.config
+        return Preprocessing(said.image_policy, tuple(said.image_mean or ()), tuple(said.image_std or ()))  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
