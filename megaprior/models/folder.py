@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
@@ -14,10 +14,7 @@ from transformers import LlamaConfig
 from megaprior.errors import DataError
 from megaprior.models.attention import Backend
 
-if TYPE_CHECKING:
-    from megaprior.models.lm import TextLM
-
-Model = TypeVar("Model", bound="TextLM")
+Model = TypeVar("Model")
 
 
 def model_type(folder: Path | str) -> str:
