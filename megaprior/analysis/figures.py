@@ -31,7 +31,7 @@ def _from_to(name: str, points: Sequence[tuple[float, float]]) -> str:
 
 def loss_points(run: Run) -> list[tuple[float, float]]:
     """(step, unweighted loss of the captions), smoothed."""
-    pairs = len(run.trajectory.get("data.train") or []) or 1
+    pairs = run.summary.get("train_sources", 1)
     steps = [line["step"] for line in run.train]
     return list(zip(steps, smooth([caption_loss(line, pairs) for line in run.train]), strict=True))
 

@@ -46,6 +46,7 @@ class Record:
         self._restarts = before.get("restarts", -1) + 1
         self._constant = {
             "stage": cfg.stage,
+            "train_sources": len(cfg.data.train),  # the first ones in metrics.jsonl; the language mix comes after them
             "trajectory": trajectory(cfg),
             "data": loader.identity,
             "tokenizer": tokenizer_entry(tokenizer),

@@ -114,7 +114,8 @@ def write_run() -> Callable[..., Path]:
     def write(folder: Path, *, kind: str = "ntp", seed: int = 0, heldout: ShardSet | None = None) -> Path:
         folder.mkdir(parents=True)
         summary = {
-            "trajectory": {"seed": seed, "weighting.kind": kind, "data.train": [{"path": "pairs", "weight": 1}]},
+            "trajectory": {"seed": seed, "weighting.kind": kind},
+            "train_sources": 1,
             "steps": 40,
             "wall_s": 78.2,
             "peak_memory_mib": 812.4,

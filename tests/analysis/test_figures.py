@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -136,3 +137,12 @@ def test_smoothing_is_a_mean_over_neighbours_and_keeps_the_length() -> None:
     assert len(smoothed) == 120
     assert smoothed[60] == pytest.approx(sum(values[58:63]) / 5)
     assert smoothed[0] == pytest.approx(sum(values[:3]) / 3)
+
+
+def test_a_curve_counts_every_source_of_captions_and_no_text(runs: dict) -> None:
+    """Two sources of captions and a language mix: the first two are the captions."""
+    line = {f"source{i}_{name}": value for i in range(3) for name, value in (("share", (0.3, 0.1, 0.6)[i]),)}
+    line |= {"source0_ntp_loss": 2.0, "source1_ntp_loss": 4.0, "source2_ntp_loss": 9.0, "ntp_loss": 6.4}
+    run = next(iter(runs["ntp"]))
+    two = dataclasses.replace(run, train=[{"step": 1, **line}], summary={**run.summary, "train_sources": 2})
+    assert figures.loss_points(two) == [(1, pytest.approx((0.3 * 2 + 0.1 * 4) / 0.4))]

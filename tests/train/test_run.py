@@ -52,6 +52,7 @@ def test_what_a_run_leaves_behind(world: Path, tmp_path: Path) -> None:
     assert load_config(RunConfig, out / "config.yaml") == config(values)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["stage"], summary["steps"], summary["world"], summary["restarts"]) == ("ulvlm", 6, 1, 0)
+    assert summary["train_sources"] == 1, "the language mix is none of them"
     assert summary["peak_memory_mib"] > 50
     assert summary["loss_tokens_per_s"] > 0
     assert summary["wall_s"] > 0
