@@ -27,6 +27,7 @@ def test_every_metrics_line_is_on_disk_at_once(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
 def test_a_run_outlives_its_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its folder is gone while the run goes on; its own thread notices when it next flushes."""
     log = MetricsLog(tmp_path)
