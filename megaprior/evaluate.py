@@ -35,7 +35,7 @@ from megaprior.models.fingerprint import model_fingerprint
 from megaprior.models.load import load_model
 from megaprior.telemetry import progress, say
 from megaprior.tokenizer import Tokenizer, load_model_tokenizer
-from megaprior.train.checkpoint import resolve_model
+from megaprior.train.checkpoint import checkpoint_name, resolve_model
 
 if TYPE_CHECKING:
     from megaprior.models.hlvlm import HLVLM
@@ -91,7 +91,7 @@ def evaluate(
             "format": _FORMAT,
             "version": 1,
             "model": str(model),
-            "checkpoint": folder.parent.name if folder.parent.name.startswith("step_") else None,
+            "checkpoint": checkpoint_name(folder),
             **key,
             "probe": {"file": Path(probe).name, **found},
         }

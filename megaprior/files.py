@@ -206,6 +206,15 @@ def read_manifest(path: Path | str, *, format: str, version: int = 1) -> dict[st
     return body
 
 
+def kept_manifest(path: Path | str, key: dict[str, Any], *, format: str) -> dict[str, Any] | None:
+    """An earlier result's manifest where it is whole and says of all of `key` what is asked for now, else None."""
+    try:
+        body = read_manifest(path, format=format)
+    except DataError:
+        return None
+    return body if all(body.get(name) == value for name, value in key.items()) else None
+
+
 # ---------------------------------------------------------------- files of another kind
 
 _LOOKS = (

@@ -21,7 +21,7 @@ from megaprior.data.order import permute
 from megaprior.data.shards import ShardSet
 from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError, UsageError
-from megaprior.files import digest_bytes, read_manifest, write_manifest
+from megaprior.files import digest_bytes, kept_manifest, write_manifest
 from megaprior.telemetry import progress, say
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def retrieval(model: Path | str, shards: Path | str, *, captions: int = 5000) ->
         DataError: model or shards are refused, or they differ in their tokenizer.
     """
     from megaprior.models.fingerprint import model_fingerprint
-    from megaprior.train.checkpoint import resolve_model
+    from megaprior.train.checkpoint import checkpoint_name, resolve_model
 
     folder, opened = resolve_model(model), ShardSet.open(shards)
     if opened.kind != "pairs" or not len(opened):
@@ -66,13 +66,13 @@ def retrieval(model: Path | str, shards: Path | str, *, captions: int = 5000) ->
     count = min(captions, len(opened))
     key = {"model_digest": model_fingerprint(folder), "build_id": opened.build_id, "captions": count}
     path = Path(model) / "analysis" / f"retrieval_{opened.folder.resolve().name}.json"
-    found = _kept(path, key)
+    found = kept_manifest(path, key, format=FORMAT)
     if found is not None:
         say(f"{model}: retrieval with these weights is in {path} already")
     else:
         ids = np.sort(permute(np.arange(count), len(opened), 0))
-        checkpoint = folder.parent.name if folder.parent.name.startswith("step_") else None
-        body = {"format": FORMAT, "version": 1, **key, "checkpoint": checkpoint, **measure(folder, opened, ids)}
+        head = {"format": FORMAT, "version": 1, **key, "checkpoint": checkpoint_name(folder)}
+        body = {**head, **measure(folder, opened, ids)}
         path.parent.mkdir(parents=True, exist_ok=True)
         found = write_manifest(path, body)
     say(f"{model}: {describe(found)}")
@@ -166,11 +166,3 @@ def _embeddings(model: Clip, shards: ShardSet, ids: np.ndarray) -> tuple[np.ndar
             found |= dict(zip(batch.sample_ids.tolist(), both, strict=True))
             shown.advance(len(batch.sample_ids))
     return np.stack([found[i][0] for i in ids.tolist()]), np.stack([found[i][1] for i in ids.tolist()])
-
-
-def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        body = read_manifest(path, format=FORMAT)
-    except DataError:
-        return None
-    return body if all(body.get(name) == value for name, value in key.items()) else None

@@ -52,7 +52,7 @@ def heldout_losses(
         DataError: model or shards are refused, or they differ in their tokenizer.
     """
     from megaprior.models.fingerprint import model_fingerprint
-    from megaprior.train.checkpoint import resolve_model
+    from megaprior.train.checkpoint import checkpoint_name, resolve_model
 
     folder = resolve_model(model)
     place = Path(output) if output is not None else Path(model) / "analysis"
@@ -73,12 +73,7 @@ def heldout_losses(
         say(f"{model}: held-out losses of these weights are in {path} already")
         return before
     losses = measure(folder, opened, seed=image_shuffle_seed, captions=captions, row_tokens=row_tokens)
-    return keep(path, losses, {**key, "checkpoint": _checkpoint(folder)})
-
-
-def _checkpoint(folder: Path) -> str | None:
-    """step_00000500, where the folder is that checkpoint's model."""
-    return folder.parent.name if folder.parent.name.startswith("step_") else None
+    return keep(path, losses, {**key, "checkpoint": checkpoint_name(folder)})
 
 
 # ---------------------------------------------------------------- measuring

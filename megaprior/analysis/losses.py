@@ -16,7 +16,7 @@ import numpy as np
 from megaprior.analysis.bootstrap import intervals, owners, per_image
 from megaprior.analysis.importance import RELATED
 from megaprior.errors import DataError
-from megaprior.files import atomic_write, digest_bytes, read_manifest, write_manifest
+from megaprior.files import atomic_write, digest_bytes, kept_manifest, read_manifest, write_manifest
 
 FORMAT = "megaprior.heldout"
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # of w, alpha = 1
@@ -101,13 +101,8 @@ def keep(path: Path, losses: TokenLosses, head: dict[str, Any]) -> dict[str, Any
 
 def kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     """What `keep` wrote, if it is whole and all of `key` is as it was."""
-    try:
-        body = read_manifest(path, format=FORMAT)
-    except DataError:
-        return None
-    npz = path.with_suffix(".npz")
-    same = all(body.get(name) == value for name, value in key.items())
-    return body if same and npz.is_file() and digest_bytes(npz.read_bytes()) == body["npz"] else None
+    body, npz = kept_manifest(path, key, format=FORMAT), path.with_suffix(".npz")
+    return body if body and npz.is_file() and digest_bytes(npz.read_bytes()) == body["npz"] else None
 
 
 def read_losses(path: Path | str) -> tuple[dict[str, Any], TokenLosses]:

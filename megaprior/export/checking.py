@@ -15,7 +15,7 @@ from megaprior.data.samples import Segment, assemble
 from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
 from megaprior.export.foreign import Foreign
-from megaprior.files import digest_bytes
+from megaprior.models.fingerprint import tensor_digest
 from megaprior.models.hlvlm import HLVLM
 from megaprior.models.lm import TextLM
 from megaprior.tokenizer import Tokenizer
@@ -28,7 +28,8 @@ _SIZE = (150, 100)  # of the probe image: neither square nor whole patches, so t
 def tensor_digests(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
     """Name -> (shape, dtype, xxh3-128 of the bytes) of every entry of the state dict; tied ones under each name."""
     return {
-        name: (tuple(tensor.shape), str(tensor.dtype), _digest(tensor)) for name, tensor in model.state_dict().items()
+        name: (tuple(tensor.shape), str(tensor.dtype), tensor_digest(tensor))
+        for name, tensor in model.state_dict().items()
     }
 
 
@@ -101,9 +102,3 @@ def compare_logits(
             "written"
         )
     return worst
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().view(-1)
-    data: Any = flat.view(torch.uint8).numpy()
-    return digest_bytes(memoryview(data))

@@ -185,6 +185,7 @@ def _llava(ours: HLVLM, tokenizer: Tokenizer) -> Foreign:
 
 
 def plain(config: Any) -> dict[str, Any]:
+    """A configuration's own fields, without what belongs to the folder it came from."""
     return {name: value for name, value in config.to_dict().items() if name not in _PASSING}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megaprior.errors import DataError
-from megaprior.files import block_digests, digest_json
+from megaprior.files import block_digests, digest_bytes, digest_json
 
 # What saving the same model with another release of transformers, or from another folder, may change.
 _PASSING = ("transformers_version", "_name_or_path")
@@ -26,6 +26,14 @@ def model_fingerprint(folder: Path | str) -> str:
             f"{folder}: no *.safetensors; a model is a Hugging Face folder with config.json and safetensors"
         )
     return digest_json({"weights": weights, "config": _configuration(folder / "config.json")})
+
+
+def tensor_digest(tensor: Any) -> str:
+    """xxh3-128 of a tensor's bytes, wherever it lies; equal for equal values of equal shape and dtype."""
+    import torch
+
+    flat: Any = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    return digest_bytes(memoryview(flat))
 
 
 def _configuration(path: Path) -> dict[str, Any]:

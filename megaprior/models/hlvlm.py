@@ -25,7 +25,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from megaprior.models.head import LossHead
 from megaprior.models.lm import TextLM
 from megaprior.models.outputs import States
-from megaprior.models.vision import Preprocessing, VisionTower, patches_per_side
+from megaprior.models.vision import Preprocessing, VisionTower, patches_per_side, square_side
 
 FROZEN = "frozen."  # what the names of partitioned frozen parameters begin with
 WEIGHTS = "model.safetensors"
@@ -46,6 +46,11 @@ class HLVLMConfig(LlavaConfig):
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     base: dict[str, dict[str, str]] | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What happens to an image before the tower, as it was in training."""
+        return Preprocessing(self.image_policy, tuple(self.image_mean or ()), tuple(self.image_std or ()))  # type: ignore[arg-type]
 
 
 class HLVLM(nn.Module):
@@ -87,9 +92,8 @@ class HLVLM(nn.Module):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What happens to an image before the tower."""
-        said = self.config
-        return Preprocessing(said.image_policy, tuple(said.image_mean or ()), tuple(said.image_std or ()))  # type: ignore[arg-type]
+        """See `HLVLMConfig`."""
+        return self.config.preprocessing
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +139,7 @@ class HLVLM(nn.Module):
         config = self.tower.config
         if self.partitioned:  # all ranks must gather all modules alike: look at a black image and forget it
             count = patches_per_side(config) ** 2
-            values = 3 * (self.tower.side // patches_per_side(config)) ** 2
+            values = 3 * square_side(config, patch=True) ** 2
             black = torch.zeros(count, values, dtype=torch.uint8, device=self.device)
             features, cls = self.tower(black)
             return features.flatten(0, 1)[:0], cls[:0]

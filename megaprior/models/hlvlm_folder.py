@@ -55,9 +55,7 @@ def build_hlvlm(config: ModelConfig, *, vocab_size: int, image_id: int | None, s
     described.base = {n: {"fingerprint": model_fingerprint(p), "given": str(p)} for n, p in places.items()}
     lm = load_text_lm(config.init, dtype=config.frozen_dtype, backend=config.attention)
     check_vocabulary(lm, vocab_size, source=config.init)
-    tower = load_tower(
-        config.tower.init, read_preprocessing(config.tower.init, config.tower.policy), dtype=config.frozen_dtype
-    )
+    tower = load_tower(config.tower.init, described.preprocessing, dtype=config.frozen_dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HLVLM(described, lm=lm, tower=tower, placement=config.frozen)
@@ -117,8 +115,7 @@ def load_hlvlm(
     config = read_hlvlm_config(folder)
     places = {name: find_base(folder, config, name) for name in ("lm", "tower")}
     lm = load_text_lm(places["lm"], dtype=frozen or dtype, backend=backend)
-    preprocessing = read_preprocessing(places["tower"], config.image_policy)  # type: ignore[arg-type]
-    tower = load_tower(places["tower"], preprocessing, dtype=frozen or dtype)
+    tower = load_tower(places["tower"], config.preprocessing, dtype=frozen or dtype)
     model = HLVLM(config, lm=lm, tower=tower, placement=placement)
     model.places = places
     saved = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
@@ -148,7 +145,7 @@ def read_hlvlm_config(folder: Path | str) -> HLVLMConfig:
     return config
 
 
-def find_base(folder: Path | str, config: HLVLMConfig, part: Literal["lm", "tower"] | str) -> Path:
+def find_base(folder: Path | str, config: HLVLMConfig, part: str) -> Path:
     """The folder of the language model ("lm") or the vision tower ("tower") that an H-LVLM stands on, compared by fingerprint.
 
     Raises:

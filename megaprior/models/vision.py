@@ -149,8 +149,8 @@ def read_preprocessing(folder: Path | str, policy: Literal["auto", "square", "pa
     """From the folder's preprocessor_config.json, with `policy` laid over it; CLIP's own where the folder does not say.
 
     Raises:
-        DataError: the file asks for something that no policy does.
-        UsageError: its image size is not the tower's.
+        DataError: the file asks for something that no policy does, or is no such file.
+        UsageError: it scales other than bicubically.
     """
     path = Path(folder) / "preprocessor_config.json"
     if not path.is_file():
@@ -161,11 +161,15 @@ def read_preprocessing(folder: Path | str, policy: Literal["auto", "square", "pa
         found = _policy(said)
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: not an image processor's configuration ({error})") from None
-    if policy == "auto" and found is None:
-        raise DataError(f"{path}: neither squares, pads nor crops as any policy does; name one with model.tower.policy")
+    if policy == "auto":
+        if found is None:
+            raise DataError(
+                f"{path}: neither squares, pads nor crops as any policy does; name one with model.tower.policy"
+            )
+        policy = found
     if said.get("resample", 3) != 3:
         raise UsageError(f"{path}: resample {said['resample']}; images are scaled bicubically (3): change it there")
-    return Preprocessing(found if policy == "auto" and found else _named(policy), mean, std)
+    return Preprocessing(policy, mean, std)
 
 
 def image_processor(side: int, preprocessing: Preprocessing) -> Any:
@@ -189,8 +193,3 @@ def _policy(said: dict[str, Any]) -> Policy | None:
     if not isinstance(size, dict) or "shortest_edge" in size:
         return "crop" if said.get("do_center_crop", True) else None
     return "square" if size.get("height") == size.get("width") else None
-
-
-def _named(policy: str) -> Policy:
-    assert policy in ("square", "pad", "crop"), policy
-    return policy  # type: ignore[return-value]

@@ -46,10 +46,8 @@ def resolve_init(cfg: RunConfig) -> RunConfig:
 
 def started_from(cfg: RunConfig, folder: Path) -> RunConfig:
     """`cfg` with its model read from `folder`, one that this run saved itself."""
-    of = cfg.model.clip
-    clip = ClipConfig(
-        smallest_crop=of.smallest_crop, flip=of.flip, drop_words=of.drop_words
-    )  # no sizes beside a folder
+    of = cfg.model.clip  # how to augment stays; sizes have no place beside a folder
+    clip = ClipConfig(smallest_crop=of.smallest_crop, flip=of.flip, drop_words=of.drop_words)
     sizes = {"llama": {}, "preset": None, "patch": None, "limit": None, "tower": TowerConfig(), "clip": clip}
     model = replace(cfg.model, init=str(folder), **sizes)
     return replace(cfg, model=model)

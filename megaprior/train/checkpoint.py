@@ -145,6 +145,11 @@ def resolve_model(path: Path | str) -> Path:
     return path
 
 
+def checkpoint_name(model: Path) -> str | None:
+    """step_00000500, where the folder `model` is that checkpoint's."""
+    return model.parent.name if _NAME.fullmatch(model.parent.name) else None
+
+
 def load_model_folder(path: Path | str, *, dtype: str = "float32") -> TextLM | HLVLM:
     """The model that `resolve_model(path)` holds (text LM, U-LVLM or H-LVLM, by its configuration), in evaluation mode.
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megaprior.distributed import Place
-from megaprior.files import digest_bytes, digest_json
+from megaprior.files import digest_json
+from megaprior.models.fingerprint import tensor_digest
 from megaprior.models.hlvlm import FROZEN, HLVLM
 from megaprior.train.optim import OptimConfig, adamw
 
@@ -127,9 +128,7 @@ def frozen_digest(engine: Engine) -> str | None:
     entries = []
     for name, tensor in engine.frozen():
         if engine.place.rank == 0:
-            raw = tensor.detach().cpu().contiguous().view(torch.uint8)
-            flat = memoryview(raw.flatten().numpy())  # type: ignore[arg-type]
-            entries.append([name, list(tensor.shape), str(tensor.dtype), digest_bytes(flat)])
+            entries.append([name, list(tensor.shape), str(tensor.dtype), tensor_digest(tensor)])
     return digest_json(entries) if entries else None
 
 

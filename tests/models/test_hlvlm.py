@@ -180,6 +180,18 @@ def test_its_folder_gives_it_back_and_names_what_it_stands_on(clip_folders, mode
     assert again.config.image_token_index == IMAGE, "as it was trained"
 
 
+def test_a_trained_model_sees_as_it_was_trained_whatever_its_towers_folder_says_now(clip_folders, tmp_path):
+    shutil.copytree(clip_folders["clip"], tmp_path / "clip")
+    here = {**clip_folders, "clip": tmp_path / "clip"}
+    first = build_hlvlm(config(here), vocab_size=97, image_id=IMAGE, seed=1).eval()
+    first.save_pretrained(tmp_path / "own")
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.9] * 3, "size": 32}))
+    kept, inputs = load_hlvlm(tmp_path / "own"), row(segment([5, 6]))
+    assert kept.preprocessing == first.preprocessing
+    with torch.no_grad():
+        assert torch.equal(kept.states(**inputs).hidden, first.states(**inputs).hidden)
+
+
 def test_another_base_model_is_refused(clip_folders, tmp_path):
     for name in ("lm", "clip"):
         shutil.copytree(clip_folders[name], tmp_path / name)
