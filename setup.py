@@ -7,6 +7,12 @@ distribution of that name and transformers probes for it.
 
 from setuptools import find_packages, setup
 
+TEST = [
+    "pytest>=8.0",
+    "hypothesis>=6.100",
+    "triton>=3.4; platform_system == 'Linux'",  # torch's CUDA builds bring it; its interpreter and compiler need no GPU
+]
+
 setup(
     name="megaprior",
     version="0.1.0",
@@ -40,8 +46,8 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.6"],
-        "test": ["pytest>=8.0", "hypothesis>=6.100"],
-        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.8", "pyright>=1.1.390"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.8", "pyright>=1.1.390"],
     },
     entry_points={
         "console_scripts": [

@@ -6,6 +6,7 @@ N loss tokens, V vocabulary, H width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -87,15 +88,19 @@ def loss_terms(
     alpha: float,
     length_scale: bool,
     dtype: torch.dtype,
+    segment_weights: Callable[..., Tensor] | None = None,
 ) -> LossTerms:
-    """Resolve weights and denominator; `targets` and `keep` come from `kept_targets`, dtype from `reduction_dtype`."""
+    """Resolve weights and denominator; `targets` and `keep` come from `kept_targets`, dtype from `reduction_dtype`.
+    `segment_weights` is the implementation's own form of Eqs. 3-4, where it has one."""
     if (scores is None) != (cu_seqlens is None):
         raise ValueError("scores and cu_seqlens go together: give both or neither")
     if scores is not None and cu_seqlens is not None:
         if token_weight is not None:
             raise ValueError("give token_weight or scores, not both")
         _check_per_token("scores", scores, targets)
-        token_weight = kept_token_weights(scores, cu_seqlens, keep, kind=kind, alpha=alpha, length_scale=length_scale)
+        token_weight = kept_token_weights(
+            scores, cu_seqlens, keep, kind=kind, alpha=alpha, length_scale=length_scale, compute=segment_weights
+        )
     if token_weight is None:
         token_weight = keep
     _check_per_token("token_weight", token_weight, targets)

@@ -5,7 +5,7 @@ N loss tokens, V vocabulary, H width, S segments (captions). The loss is
     loss = sum_i token_weight_i * nll_i / denominator        nll_i = -log softmax(logits_i)[target_i]
 
 `impl`: "torch" runs everywhere and is the plain twin of the others; "auto" takes the fastest that can run here and
-never fails; "triton" and "cuda" raise RuntimeError saying why where they cannot run.
+never fails; "triton" and "cuda" raise RuntimeError saying why where they cannot run. choice.py decides.
 
 Every function here takes float32 or bfloat16 (and float64, for oracles), raises ValueError for wrong shapes, dtypes or
 values, and is not affected by autocast: products run in hidden's dtype.
@@ -13,16 +13,11 @@ values, and is not affected by autocast: products run in hidden's dtype.
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .arguments import check_chunk_rows, check_linear, check_logits, kept_targets, loss_terms, reduction_dtype
-
-_BUILT = {"torch": ".torch_impl"}
-_NOT_BUILT = ("triton", "cuda")
+from .choice import implementation
 
 
 def weighted_cross_entropy(
@@ -39,6 +34,7 @@ def weighted_cross_entropy(
     alpha: float = 1.0,
     length_scale: bool = True,
     chunk_rows: int | None = None,
+    compact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Token-weighted cross entropy of given logits.
 
@@ -52,6 +48,9 @@ def weighted_cross_entropy(
         scores, cu_seqlens, kind, alpha, length_scale: in place of token_weight, as in `token_weights`. Ignored
             positions count neither in a caption's k nor in its sum of w; their scores may be NaN.
         chunk_rows: rows handled at a time; None chooses by V and device, never by N.
+        compact: leave out rows without target, and the gradient of rows of weight 0, also where finding them makes the
+            host wait for the device once ("triton" and "cuda"). False, for callers whose rows all carry loss, never
+            waits; the results are the same.
 
     Returns:
         loss: 0-d float32. 0, still connected to logits, when every target is ignored.
@@ -60,7 +59,7 @@ def weighted_cross_entropy(
     """
     check_logits(logits)
     check_chunk_rows(chunk_rows)
-    module = _implementation(impl)
+    chosen = implementation(impl, logits.device, logits.dtype)
     rows, vocabulary = logits.shape
     terms = loss_terms(
         *kept_targets(targets, rows=rows, vocabulary=vocabulary, ignore_index=ignore_index),
@@ -72,9 +71,10 @@ def weighted_cross_entropy(
         alpha=alpha,
         length_scale=length_scale,
         dtype=reduction_dtype(logits.dtype),
+        segment_weights=chosen.segment_weights,
     )
     with torch.autocast(logits.device.type, enabled=False):
-        return module.weighted_cross_entropy(logits, terms, chunk_rows=chunk_rows)
+        return chosen.weighted_cross_entropy(logits, terms, chunk_rows=chunk_rows, compact=compact)
 
 
 def linear_weighted_cross_entropy(
@@ -92,6 +92,7 @@ def linear_weighted_cross_entropy(
     alpha: float = 1.0,
     length_scale: bool = True,
     chunk_rows: int | None = None,
+    compact: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The same loss of logits = hidden @ weight^T, which never exist as a whole.
 
@@ -110,7 +111,7 @@ def linear_weighted_cross_entropy(
     """
     check_linear(hidden, weight)
     check_chunk_rows(chunk_rows)
-    module = _implementation(impl)
+    chosen = implementation(impl, hidden.device, hidden.dtype)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     terms = loss_terms(
         *kept_targets(targets, rows=rows, vocabulary=vocabulary, ignore_index=ignore_index),
@@ -122,9 +123,10 @@ def linear_weighted_cross_entropy(
         alpha=alpha,
         length_scale=length_scale,
         dtype=reduction_dtype(hidden.dtype),
+        segment_weights=chosen.segment_weights,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        return module.linear_weighted_cross_entropy(hidden, weight, terms, chunk_rows=chunk_rows)
+        return chosen.linear_weighted_cross_entropy(hidden, weight, terms, chunk_rows=chunk_rows, compact=compact)
 
 
 def linear_logprob(
@@ -135,6 +137,7 @@ def linear_logprob(
     ignore_index: int = -100,
     impl: str = "auto",
     chunk_rows: int | None = None,
+    compact: bool = True,
 ) -> Tensor:
     """log softmax(hidden @ weight^T)[target] in nats, with products and logits in float32 whatever the inputs' dtype:
     bfloat16 logits would shift w = 1 - p by 5% at p = 0.9.
@@ -146,16 +149,8 @@ def linear_logprob(
     """
     check_linear(hidden, weight)
     check_chunk_rows(chunk_rows)
-    module = _implementation(impl)
+    chosen = implementation(impl, hidden.device, hidden.dtype)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     targets, keep = kept_targets(targets, rows=rows, vocabulary=vocabulary, ignore_index=ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        return module.linear_logprob(hidden, weight, targets, keep, chunk_rows=chunk_rows)
-
-
-def _implementation(impl: str) -> ModuleType:
-    if impl in _NOT_BUILT:
-        raise RuntimeError(f"impl={impl!r} cannot run here: it is not built in this version; use 'auto' or 'torch'")
-    if impl != "auto" and impl not in _BUILT:
-        raise ValueError(f"impl must be one of {('auto', *_BUILT, *_NOT_BUILT)}, not {impl!r}")
-    return import_module(_BUILT["torch" if impl == "auto" else impl], __package__)
+        return chosen.linear_logprob(hidden, weight, targets, keep, chunk_rows=chunk_rows, compact=compact)

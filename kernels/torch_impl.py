@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import LossTerms, reduction_dtype
+from .products import add_product, product_over_vocabulary
+from .weights import segment_weights as segment_weights
 
 MIB = 1 << 20
 # Bytes of a chunk's float32 logits, and its most rows. Measured on a CPU for V 8,192 to 128,256 and H 128 and 256: flat
@@ -23,13 +25,15 @@ MIB = 1 << 20
 # arithmetic is what bounds the products.
 CPU_CHUNK = (128 * MIB, 512)
 ACCELERATOR_CHUNK = (256 * MIB, 4096)
-VOCABULARY_RUN = 8192  # shorter runs cost time at V = 32,000, longer ones precision
 
 Rows = slice | Tensor  # a run of rows, or their positions
 
 
-def weighted_cross_entropy(logits: Tensor, terms: LossTerms, *, chunk_rows: int | None) -> tuple[Tensor, Tensor]:
-    """logits (N, V) -> (loss, nll). The logits are kept for backward, not overwritten."""
+def weighted_cross_entropy(
+    logits: Tensor, terms: LossTerms, *, chunk_rows: int | None, compact: bool
+) -> tuple[Tensor, Tensor]:
+    """logits (N, V) -> (loss, nll). The logits are kept for backward, not overwritten. `compact` changes nothing: where
+    rows can be told apart for free they are, elsewhere never."""
     chunk_rows = chunk_rows or default_chunk_rows(logits.shape[1], logits.device)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(logits, terms, chunk_rows)
@@ -38,7 +42,7 @@ def weighted_cross_entropy(logits: Tensor, terms: LossTerms, *, chunk_rows: int 
 
 
 def linear_weighted_cross_entropy(
-    hidden: Tensor, weight: Tensor, terms: LossTerms, *, chunk_rows: int | None
+    hidden: Tensor, weight: Tensor, terms: LossTerms, *, chunk_rows: int | None, compact: bool
 ) -> tuple[Tensor, Tensor]:
     """hidden (N, H), weight (V, H) -> (loss, nll)."""
     chunk_rows = chunk_rows or default_chunk_rows(weight.shape[0], weight.device)
@@ -50,7 +54,9 @@ def linear_weighted_cross_entropy(
 
 
 @torch.no_grad()
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, keep: Tensor, *, chunk_rows: int | None) -> Tensor:
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, keep: Tensor, *, chunk_rows: int | None, compact: bool
+) -> Tensor:
     """(N,) log-probabilities; products and logits in float32 (float64 for float64 hidden)."""
     chunk_rows = chunk_rows or default_chunk_rows(weight.shape[0], weight.device)
     dtype = reduction_dtype(hidden.dtype)
@@ -81,10 +87,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             grad_logits = chunk.minus_onehot(targets, chunk_nll)
             if grad_hidden is not None:
-                grad_hidden[rows] = _product_over_vocabulary(grad_logits, matrix)
+                grad_hidden[rows] = product_over_vocabulary(grad_logits, matrix)
             if grad_weight is not None:
                 weighted = (states * terms.token_weight[rows, None]).to(hidden.dtype)
-                _add_product(grad_weight, grad_logits.t(), weighted)
+                add_product(grad_weight, grad_logits.t(), weighted)
         nll.masked_fill_(~terms.keep, 0)
         ctx.save_for_backward(grad_hidden, grad_weight, terms.token_weight, terms.denominator)
         ctx.weight_dtype = weight.dtype
@@ -205,25 +211,6 @@ def _blocks(keep: Tensor, active: Tensor, chunk_rows: int) -> Iterator[tuple[Row
         for rows in members.nonzero()[:, 0].split(chunk_rows):
             if len(rows):
                 yield rows, carries
-
-
-def _product_over_vocabulary(left: Tensor, right: Tensor) -> Tensor:
-    """left (n, V) @ right (V, H) in left's dtype, summed in float32 over runs of V.
-
-    A BLAS may add up a product of fewer than four rows term after term: 3e-4 off at V = 128,256, 9e-6 in runs.
-    """
-    total = left.new_zeros(len(left), right.shape[1], dtype=reduction_dtype(left.dtype))
-    for columns, rows in zip(left.split(VOCABULARY_RUN, dim=1), right.split(VOCABULARY_RUN), strict=True):
-        total += columns @ rows
-    return total.to(left.dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in total's dtype."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
 
 
 def _weighted_mean(nll: Tensor, terms: LossTerms) -> Tensor:

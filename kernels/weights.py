@@ -6,6 +6,7 @@ N tokens, S segments (captions).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -44,16 +45,30 @@ def token_weights(
     return kept_token_weights(scores, cu_seqlens, None, kind=kind, alpha=alpha, length_scale=length_scale)
 
 
-@torch.no_grad()
 def kept_token_weights(
-    scores: Tensor, cu_seqlens: Tensor, keep: Tensor | None, *, kind: str, alpha: float, length_scale: bool
+    scores: Tensor,
+    cu_seqlens: Tensor,
+    keep: Tensor | None,
+    *,
+    kind: str,
+    alpha: float,
+    length_scale: bool,
+    compute: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """`token_weights` over the tokens where keep (N,) bool is true: the others get 0, count neither in k nor in
-    sum(w), and their scores are not looked at (NaN is fine there)."""
+    sum(w), and their scores are not looked at (NaN is fine there). `compute` stands in for `segment_weights`."""
     _check_arguments(scores, cu_seqlens, kind=kind, alpha=alpha)
     if keep is None:
         keep = torch.ones_like(scores, dtype=torch.bool)
     _check_values(scores, cu_seqlens, keep, kind=kind)
+    return (compute or segment_weights)(scores, cu_seqlens, keep, kind=kind, alpha=alpha, length_scale=length_scale)
+
+
+@torch.no_grad()
+def segment_weights(
+    scores: Tensor, cu_seqlens: Tensor, keep: Tensor, *, kind: str, alpha: float, length_scale: bool
+) -> Tensor:
+    """Eqs. 3 and 4 in plain torch; arguments as in `token_weights`, checked, and keep (N,) bool."""
     segments, lengths = cu_seqlens.numel() - 1, cu_seqlens.diff()
     segment = torch.repeat_interleave(  # (N,): the caption of each token
         torch.arange(segments, device=scores.device), lengths, output_size=scores.numel()

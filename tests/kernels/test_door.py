@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megaprior import kernels
-from megaprior.kernels import linear_logprob, linear_weighted_cross_entropy, token_weights, weighted_cross_entropy
+from megaprior.kernels import (
+    choice,
+    linear_logprob,
+    linear_weighted_cross_entropy,
+    token_weights,
+    weighted_cross_entropy,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 N, V, H = 11, 29, 6
@@ -50,11 +59,72 @@ def calls(problem, **options):
     )
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_an_impl_that_cannot_run_says_why(problem, impl):
-    for call in calls(problem, impl=impl):
-        with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here: it is not built"):
+def test_an_impl_that_cannot_run_says_why(problem):
+    for call in calls(tuple(part.double() if part.is_floating_point() else part for part in problem), impl="triton"):
+        with pytest.raises(
+            RuntimeError, match="impl='triton' cannot run here: it takes float32 and bfloat16, not float64"
+        ):
             call()
+    for call in calls(problem, impl="cuda"):
+        with pytest.raises(RuntimeError, match=r"impl='cuda' cannot run here: .*MEGAPRIOR_BUILD_CUDA=1|CPU"):
+            call()
+
+
+def test_triton_without_its_interpreter_needs_a_gpu():
+    script = (
+        "import torch; from megaprior.kernels import linear_logprob as door;"
+        "x = torch.randn(3, 4); t = torch.zeros(3, dtype=torch.long);"
+        "assert door(x, x, t).shape == (3,); door(x, x, t, impl='triton')"
+    )
+    bare = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=bare, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "tensors are on the CPU, and Triton needs a CUDA device (or TRITON_INTERPRET=1)" in done.stderr
+
+
+def test_the_environment_stands_in_for_auto(problem, monkeypatch):
+    seen = []
+    real = choice.unavailable
+    monkeypatch.setattr(choice, "unavailable", lambda impl, *rest: seen.append(impl) or real(impl, *rest))
+    for value, asked in (("torch", ["torch"]), ("triton", ["triton"])):
+        monkeypatch.setenv("MEGAPRIOR_LOSS_IMPL", value)
+        seen.clear()
+        calls(problem)[2]()
+        assert seen == asked
+        calls(problem, impl="torch")[2]()
+        assert seen[-1] == "torch"  # a call that names one is not overruled
+    monkeypatch.setenv("MEGAPRIOR_LOSS_IMPL", "numpy")
+    with pytest.raises(ValueError, match="MEGAPRIOR_LOSS_IMPL must be one of"):
+        calls(problem)[2]()
+
+
+def test_auto_on_a_cpu_is_the_plain_form_even_where_triton_could_run():
+    assert choice.implementation("auto", torch.device("cpu"), torch.float32) is choice._load("torch")
+
+
+def test_the_self_check_sees_a_kernel_that_is_wrong(monkeypatch):
+    """`auto` believes a kernel only once it has given the plain form's answers on that device."""
+    cpu, plain = torch.device("cpu"), choice._load("torch")
+    triton = choice._load("triton")
+    assert choice.largest_difference(triton, plain, cpu, torch.float32) < 1e-5
+    assert choice.largest_difference(triton, plain, cpu, torch.bfloat16) < 2e-2
+    real = triton.kernels.cross_entropy_rows
+
+    def off_by_a_percent(logits, targets, factor, nll, *, gradient):
+        real(logits, targets, factor * 1.01, nll, gradient=gradient)
+
+    wrong = choice._load("triton").__class__(SimpleNamespace(cross_entropy_rows=off_by_a_percent,
+                                                             scale_=triton.kernels.scale_), triton.segment_weights)  # fmt: skip
+    assert choice.largest_difference(wrong, plain, cpu, torch.float32) > 5e-3
+    for loaded, trusted in ((triton, True), (wrong, False)):
+        monkeypatch.setattr(choice, "_load", lambda name, loaded=loaded: plain if name == "torch" else loaded)
+        choice._agrees.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert choice._agrees("triton", cpu, torch.float32) is trusted
+        assert ["set aside" in str(warning.message) for warning in told] == [True] * (not trusted)
+    choice._agrees.cache_clear()
 
 
 def test_auto_runs_and_unknown_impls_are_refused(problem):

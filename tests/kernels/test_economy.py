@@ -109,7 +109,7 @@ def test_nothing_is_read_back_from_a_device(dtype, own_denominator):
     denominator = torch.empty((), device="meta") if own_denominator else None
     options = {"scores": None, "cu_seqlens": None, "kind": "logprob", "alpha": 1.0, "length_scale": True, "dtype": F32}
     terms = loss_terms(targets, keep, torch.empty(300, device="meta"), denominator=denominator, **options)
-    torch_impl.linear_weighted_cross_entropy(hidden, weight, terms, chunk_rows=128)[0].backward()
-    torch_impl.weighted_cross_entropy(logits, terms, chunk_rows=128)[0].backward()
+    torch_impl.linear_weighted_cross_entropy(hidden, weight, terms, chunk_rows=128, compact=True)[0].backward()
+    torch_impl.weighted_cross_entropy(logits, terms, chunk_rows=128, compact=True)[0].backward()
     assert (hidden.grad.dtype, weight.grad.dtype, logits.grad.dtype) == (dtype, dtype, dtype)
-    assert torch_impl.linear_logprob(hidden, weight, targets, keep, chunk_rows=128).dtype == F32
+    assert torch_impl.linear_logprob(hidden, weight, targets, keep, chunk_rows=128, compact=True).dtype == F32

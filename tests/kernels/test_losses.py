@@ -1,6 +1,6 @@
-"""impl="torch" against float64 autograd with whole logits: every corner, dtype and repeated backward.
+"""Every implementation that runs here against float64 autograd with whole logits: every corner, dtype and repeated backward.
 
-Letters: N loss tokens, V vocabulary, H width.
+Triton runs on a GPU where there is one, else in its interpreter. Letters: N loss tokens, V vocabulary, H width.
 """
 
 from __future__ import annotations
@@ -9,12 +9,26 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaprior.kernels import linear_logprob, linear_weighted_cross_entropy, oracle, torch_impl, weighted_cross_entropy
+from megaprior.kernels import (
+    choice,
+    linear_logprob,
+    linear_weighted_cross_entropy,
+    oracle,
+    torch_impl,
+    weighted_cross_entropy,
+)
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+
+
+@pytest.fixture(params=["torch", "triton"], autouse=True)
+def impl(request, monkeypatch):
+    """What "auto" is in each test."""
+    monkeypatch.setenv(choice.OVERRIDE, request.param)
+    return request.param
 
 
 def linear(hidden, weight, targets, token_weight, *, upstream=1.0, run=linear_weighted_cross_entropy, **options):
@@ -51,9 +65,10 @@ def assert_all_close(got, want, *, tolerance):
 CALLS = pytest.mark.parametrize("call", [linear, given_logits])
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), call=st.sampled_from([linear, given_logits]), dtype=st.sampled_from([F32, F64]))
-def test_any_shape_matches_float64(loss_problem, data, call, dtype):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), call=st.sampled_from([linear, given_logits]))
+def test_any_shape_matches_float64(loss_problem, impl, data, call):
+    dtype = data.draw(st.sampled_from([F32, F64] if impl == "torch" else [F32]))
     n, vocabulary = data.draw(st.integers(0, 40)), data.draw(st.sampled_from([1, 2, 17, 64, 129, 1000]))
     positions = st.sets(st.integers(0, n - 1)) if n else st.just(set())
     case = loss_problem(
@@ -103,6 +118,7 @@ def test_no_target_at_all_gives_zero_still_connected(loss_problem, call, n):
         assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)
 def test_gradcheck(loss_problem):
     hidden, weight, targets, token_weight = loss_problem(6, 9, 4, dtype=F64, ignored=(1,), zero=(3,))
 
@@ -149,16 +165,17 @@ def test_bfloat16_errs_at_most_twice_what_the_plain_path_errs(loss_problem, call
         assert (fused.double() - exactly).norm() <= 2 * (plainly.double() - exactly).norm() + 1e-6
 
 
-def test_the_weight_gradient_accumulates_in_float32(loss_problem):
-    case = loss_problem(4096, 8, 4, dtype=BF16)
+def test_the_weight_gradient_accumulates_in_float32(loss_problem, impl):
+    n = 4096 if impl == "torch" else 1024
+    case = loss_problem(n, 8, 4, dtype=BF16)
     want = exact(linear, *case)[3]
     plain = linear(*case, run=oracle.linear_weighted_cross_entropy)[3]
-    ours = linear(*case, chunk_rows=16)[3]  # 256 partial sums
+    ours = linear(*case, chunk_rows=16)[3]  # up to 256 partial sums
     hidden, weight, targets, token_weight = case
     in_bfloat16 = torch.zeros_like(weight)
-    for at in range(0, 4096, 16):
+    for at in range(0, n, 16):
         rows = slice(at, at + 16)
-        in_bfloat16 += linear(hidden[rows], weight, targets[rows], token_weight[rows], denominator=4096)[3]
+        in_bfloat16 += linear(hidden[rows], weight, targets[rows], token_weight[rows], denominator=n)[3]
     plain_error, error, rough = ((g.double() - want).norm() for g in (plain, ours, in_bfloat16))
     assert ours.dtype == BF16
     assert error <= 2 * plain_error
@@ -214,6 +231,7 @@ def test_frozen_sides_get_no_gradient(loss_problem):
     assert hidden.grad is None
 
 
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)
 @CALLS
 def test_the_path_of_accelerators(loss_problem, call, monkeypatch):
     """There every row is worked on, since sorting them out would wait for the device."""
@@ -241,7 +259,7 @@ def test_masked_logits_and_an_infinite_nll_of_weight_zero():
     logits[:, 4] = -math.inf
     targets, token_weight = torch.tensor([4, 1, 2]), torch.tensor([0.0, 1.0, 2.0])
     leaf = logits.requires_grad_()
-    loss, nll = weighted_cross_entropy(leaf, targets, token_weight)
+    loss, nll = weighted_cross_entropy(leaf * 1, targets, token_weight)
     (gradient,) = torch.autograd.grad(loss, leaf)
     assert nll[0] == math.inf
     want = -logits.detach()[1:, :4].double().log_softmax(-1)[[0, 1], [1, 2]]
@@ -251,7 +269,7 @@ def test_masked_logits_and_an_infinite_nll_of_weight_zero():
     assert gradient.isfinite().all()
 
 
-def test_logprob_takes_its_logits_in_float32(loss_problem):
+def test_logprob_takes_its_logits_in_float32(loss_problem, impl):
     hidden, weight, targets, _ = loss_problem(200, 300, 64, dtype=BF16, ignored=(4,))
     got = linear_logprob(hidden, weight, targets, chunk_rows=64)
     nll = oracle.linear_weighted_cross_entropy(hidden.double(), weight.double(), targets)[1]
@@ -261,7 +279,7 @@ def test_logprob_takes_its_logits_in_float32(loss_problem):
     torch.testing.assert_close(got.double(), -nll, rtol=1e-6, atol=1e-5)
     in_bfloat16 = oracle.linear_weighted_cross_entropy(hidden, weight, targets)[1]
     assert (in_bfloat16 - nll).abs().max() > 1e-2  # so the line above can fail
-    for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12)):
+    for dtype, tolerance in ((F32, 1e-5), (F64, 1e-12)) if impl == "torch" else ((F32, 1e-5),):
         again = linear_logprob(hidden.to(dtype), weight, targets)
         assert again.dtype == dtype
         torch.testing.assert_close(again.double(), -nll, rtol=1e-6, atol=tolerance)
