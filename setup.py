@@ -3,9 +3,61 @@
 They are reached through two relative links inside `megaprior/`, so that the same import works from the repository's root,
 from elsewhere, editable or as a wheel. A top-level package `kernels` must never be installed: Hugging Face publishes a
 distribution of that name and transformers probes for it.
+
+With MEGAPRIOR_BUILD_CUDA=1 in the environment nvcc compiles the CUDA kernels too, into megaprior/kernels/_cuda_sm90.so.
+Without it nothing is compiled and no compiler is needed.
 """
 
-from setuptools import find_packages, setup
+import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+
+def cuda_build():
+    """kernels/cuda/build.py, by its path: while a wheel is built nothing of ours can be imported."""
+    spec = spec_from_file_location("cuda_build", Path(__file__).resolve().parent / "megaprior/kernels/cuda/build.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CUDA = cuda_build()
+
+
+class BuildCuda(build_ext):
+    """The library is no Python module: nvcc makes it, and its name does not say which Python runs."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext):
+        try:
+            CUDA.build_library(Path(self.get_ext_fullpath(ext.name)))
+        except RuntimeError as error:
+            sys.exit(f"megaprior: {error}")
+
+
+class WheelForAnyPython(bdist_wheel):
+    """With the library a wheel is for one kind of machine, but still for every Python."""
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
+
+
+def cuda_extensions():
+    if not CUDA.wanted():
+        return []
+    try:
+        CUDA.find_nvcc()  # before anything else is done
+    except RuntimeError as error:
+        sys.exit(f"megaprior: {error}")
+    return [Extension("megaprior.kernels." + Path(CUDA.LIBRARY).stem, sources=[])]
+
 
 TEST = [
     "pytest>=8.0",
@@ -20,7 +72,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megaprior", "megaprior.*"]),
-    package_data={"megaprior.analysis": ["templates/*"], "megaprior.export": ["templates/*"]},
+    package_data={
+        "megaprior.analysis": ["templates/*"],
+        "megaprior.export": ["templates/*"],
+        "megaprior.kernels.cuda": ["*.cu", "*.h"],
+    },
+    ext_modules=cuda_extensions(),
+    cmdclass={"build_ext": BuildCuda, "bdist_wheel": WheelForAnyPython},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.3",
