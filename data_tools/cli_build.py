@@ -1,0 +1,106 @@
+"""`megaprior-data build`: its arguments, its help, and how it is run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megaprior.data_tools.verb import Commands, add_verb
+
+_BUILD = """\
+inputs, told apart by suffix; a folder stands for the files directly inside it:
+  .tar .tar.gz .tgz      WebDataset, as img2dataset writes it: KEY.jpg KEY.txt KEY.json; streamed, never extracted
+  .jsonl .tsv (or .gz)   one record a line, with the image's name relative to --images; --text takes captions alone
+  .txt (or .gz)          one caption a line; --documents cuts long text into windows instead
+
+what cannot be used (broken images, blank captions, bad lines) goes to DIR/quarantine.jsonl with its reason and is
+counted; nothing is dropped silently. Interrupted, the same command goes on where it stopped.
+
+examples:
+  megaprior-data build --input pairs/*.tar --output shards/pairs --tokenizer tokenizer.model
+  megaprior-data build --input photos/captions.jsonl --images photos/jpg --caption-column alt_text \\
+      --output shards/photos --tokenizer tokenizer.model
+  megaprior-data build --input captions.txt.gz --output shards/reference --tokenizer tokenizer.model
+  megaprior-data build --input wiki.jsonl --text --documents --caption-column text --output shards/text --tokenizer llama3
+two halves of one set that share no image, the first for the reference, the second for the vision-language model:
+  megaprior-data build --input pairs/*.tar --text --subset 0:0.5 --output shards/reference --tokenizer tokenizer.model
+  megaprior-data build --input pairs/*.tar        --subset 0.5:1 --output shards/pairs     --tokenizer tokenizer.model
+"""
+
+
+def add(commands: Commands) -> None:
+    """Add `build`."""
+    _add_build(add_verb(commands, "build", _build, "read pairs or text and write shards", _BUILD))
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, metavar="PATH", help="files or folders to read")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the shards, new or empty")
+    add("--tokenizer", type=Path, required=True, metavar="FILE|FOLDER", help="tokenizer file, or folder that holds one")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="show the shards that would be written and the first samples; write nothing",
+    )
+    add("--resume", action="store_true", help="go on with an interrupted build, as repeating its command does anyway")
+    add_reading(parser)
+    add(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that image names are relative to (default: the file's own, or images/ in it)",
+    )
+    add("--image-column", default="image", metavar="NAME", help="column with the image's name (default: %(default)s)")
+    add(
+        "--max-sequence",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens at most in one caption or window (default: %(default)s)",
+    )
+    add(
+        "--subset",
+        default="0:1",
+        metavar="A:B",
+        help="keep this fraction, chosen by image content (by text where there is none)",
+    )
+    add("--text", action="store_true", help="take the captions alone, without images")
+    add("--documents", action="store_true", help="input is long text: cut it into consecutive windows")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Which samples of an input are read, and how: what every verb that reads inputs asks."""
+    add = parser.add_argument
+    add("--format", default="auto", choices=("auto", "webdataset", "jsonl", "tsv", "text"), help="default: by suffix")
+    add(
+        "--caption-column",
+        metavar="NAME",
+        help="column with the caption, a string or a list of them; a number counts the columns of a tsv without header "
+        "from 0 (default: captions, else caption)",
+    )
+    add("--captions", default="all", choices=("all", "first"), help="of an image with several (default: %(default)s)")
+
+
+def _build(options: argparse.Namespace) -> int:
+    from megaprior.data_tools.build import build, preview
+    from megaprior.data_tools.options import BuildOptions, parse_subset
+    from megaprior.data_tools.screen import print_built, print_preview
+
+    wanted = BuildOptions(
+        format=options.format,
+        images=options.images,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        captions=options.captions,
+        max_sequence=options.max_sequence,
+        subset=parse_subset(options.subset),
+        text=options.text,
+        documents=options.documents,
+    )
+    if options.dry_run:
+        print_preview(preview(options.input, options.output, tokenizer=options.tokenizer, options=wanted))
+    else:
+        body = build(options.input, options.output, tokenizer=options.tokenizer, options=wanted)
+        print_built(options.output, body)
+    return 0
