@@ -128,6 +128,11 @@ def compile_report(nvcc: str | None = None) -> list[tuple[str, int, int, int]]:
     return build.resource_report(nvcc)
 
 
+def nvcc_release(nvcc: str | None = None) -> str:
+    """The release of the compiler that `compile_report` would use, such as "13.0.88". RuntimeError without one."""
+    return build.nvcc_release(nvcc)
+
+
 def _launch(function: str, matrix: Tensor, rows: int, columns: int, *arguments: int) -> None:
     stride = matrix.stride(0) if rows > 1 else columns  # of a single row torch may say anything
     call = getattr(_library(), function)

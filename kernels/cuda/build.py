@@ -37,6 +37,11 @@ def find_nvcc() -> str:
     )
 
 
+def nvcc_release(nvcc: str | None = None) -> str:
+    """Such as "13.0.88". RuntimeError without nvcc."""
+    return _found(r"release .*V([\d.]+)", _output([nvcc or find_nvcc(), "--version"]))[0]
+
+
 def source_digest() -> str:
     """16 hexadecimal digits of what the library is built from."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
@@ -84,12 +89,15 @@ def _found(pattern: str, text: str) -> tuple[str, ...]:
 
 
 def _run_nvcc(nvcc: str, *options: str) -> str:
-    """What nvcc prints."""
-    command = [nvcc, *FLAGS, f'-DMEGAPRIOR_SOURCE="{source_digest()}"', *options, str(SOURCE)]
+    return _output([nvcc, *FLAGS, f'-DMEGAPRIOR_SOURCE="{source_digest()}"', *options, str(SOURCE)])
+
+
+def _output(command: list[str]) -> str:
+    """What it prints on both streams; RuntimeError where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise RuntimeError(f"{nvcc} cannot be run: {error.strerror}") from error
+        raise RuntimeError(f"{command[0]} cannot be run: {error.strerror}") from error
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

@@ -143,6 +143,7 @@ void run_thread() {
     ++running->block->started;
     body();
     demand(running->copies.empty(), "a copy that nobody waited for");
+    demand(running->cluster_generation < 0, "an end between an arrival at the cluster's barrier and the wait");
     ++running->block->ended;
     running->ended = true;
     swapcontext(&running->context, &scheduler);

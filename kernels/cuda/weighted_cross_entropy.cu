@@ -83,6 +83,20 @@ MEGAPRIOR_SCALE scale_bf16(const __grid_constant__ ScaleJob<Bfloat16> job) { sca
 
 constexpr int64_t kLargestGrid = 0x7fffffff;
 
+cudaLaunchConfig_t launch_config(int64_t blocks, int threads, cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream;
+    return config;
+}
+
+// An error that was reported here must not be found again by whoever asks the runtime for its last error next.
+int reported(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
 template <typename T>
 int launch_rows(void (*kernel)(Job<T>), Job<T> job, int64_t rows, cudaStream_t stream) {
     Plan plan;
@@ -92,23 +106,20 @@ int launch_rows(void (*kernel)(Job<T>), Job<T> job, int64_t rows, cudaStream_t s
 
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(kSlotsOfOne * sizeof(Vector)));
-    if (error != cudaSuccess) return error;
     // The driver would else be free to leave just enough shared memory for one block.
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (error != cudaSuccess) return error;
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return reported(error);
 
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(plan.blocks);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(rows * plan.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(plan.threads));
+    cudaLaunchConfig_t config = launch_config(rows * plan.blocks, plan.threads, stream);
     config.dynamicSmemBytes = plan.slots * sizeof(Vector);
-    config.stream = stream;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, job);
+    return reported(cudaLaunchKernelEx(&config, kernel, job));
 }
 
 // A grid that fills the device once and walks over the rows: one that covered them block by block would spend longer on
@@ -118,11 +129,11 @@ int launch_scale(void (*kernel)(ScaleJob<T>), ScaleJob<T> job, cudaStream_t stre
     int device = 0, processors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return reported(error);
     job.pieces = scale_pieces<T>(job.columns);
     const int64_t pieces = job.rows * job.pieces, resident = 4 * static_cast<int64_t>(processors);
-    kernel<<<static_cast<unsigned>(pieces < resident ? pieces : resident), kScaleThreads, 0, stream>>>(job);
-    return cudaGetLastError();
+    const cudaLaunchConfig_t config = launch_config(pieces < resident ? pieces : resident, kScaleThreads, stream);
+    return reported(cudaLaunchKernelEx(&config, kernel, job));
 }
 
 }  // namespace megaprior
