@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from megaprior import __version__
-from megaprior.data_tools import cli_build, cli_look, cli_make
+from megaprior.data_tools import cli_build, cli_join, cli_look, cli_make
 from megaprior.errors import DataError, MegapriorError
 
 _VERBS = (
     cli_build,  # build
+    cli_join,  # join
     cli_look,  # verify, show
     cli_make,  # train-tokenizer, make-scenes
 )

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megaprior.data_tools.verb import Commands, add_verb
+from megaprior.errors import UsageError
+
+if TYPE_CHECKING:
+    from megaprior.data_tools.options import BuildOptions
 
 _BUILD = """\
 inputs, told apart by suffix; a folder stands for the files directly inside it:
@@ -14,7 +19,8 @@ inputs, told apart by suffix; a folder stands for the files directly inside it:
   .txt (or .gz)          one caption a line; --documents cuts long text into windows instead
 
 what cannot be used (broken images, blank captions, bad lines) goes to DIR/quarantine.jsonl with its reason and is
-counted; nothing is dropped silently. Interrupted, the same command goes on where it stopped.
+counted; nothing is dropped silently. Interrupted or killed, the same command goes on where it stopped; SIGTERM and SIGUSR1
+end it with exit code 75, which asks to be repeated.
 
 examples:
   megaprior-data build --input pairs/*.tar --output shards/pairs --tokenizer tokenizer.model
@@ -22,6 +28,12 @@ examples:
       --output shards/photos --tokenizer tokenizer.model
   megaprior-data build --input captions.txt.gz --output shards/reference --tokenizer tokenizer.model
   megaprior-data build --input wiki.jsonl --text --documents --caption-column text --output shards/text --tokenizer llama3
+with every core of one machine (the default), over many with MPI, or as a Slurm array of ten parts; the bytes are the same:
+  megaprior-data build --input pairs/*.tar --output shards/pairs --tokenizer tokenizer.model --workers 16
+  mpirun -n 64 megaprior-data build --input pairs/*.tar --output shards/pairs --tokenizer tokenizer.model
+  sbatch --array=0-9 -c 16 build.sbatch; its script has the line
+      megaprior-data build --input pairs/*.tar --output shards/pairs --tokenizer tokenizer.model --part $SLURM_ARRAY_TASK_ID/10
+  megaprior-data join shards/pairs                            once all ten are done
 two halves of one set that share no image, the first for the reference, the second for the vision-language model:
   megaprior-data build --input pairs/*.tar --text --subset 0:0.5 --output shards/reference --tokenizer tokenizer.model
   megaprior-data build --input pairs/*.tar        --subset 0.5:1 --output shards/pairs     --tokenizer tokenizer.model
@@ -44,6 +56,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         help="show the shards that would be written and the first samples; write nothing",
     )
     add("--resume", action="store_true", help="go on with an interrupted build, as repeating its command does anyway")
+    _add_scaling(parser)
     add_reading(parser)
     add(
         "--images",
@@ -69,6 +82,22 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--documents", action="store_true", help="input is long text: cut it into consecutive windows")
 
 
+def _add_scaling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: the usable cores; under mpirun -n R, 1 for each of the R ranks)",
+    )
+    add(
+        "--part",
+        metavar="I/N",
+        help="write only shards I, I+N, I+2N, ... of the plan, counted from 0 like --array=0-9 and $SLURM_PROCID; parts run "
+        "at the same time, on any machines that share DIR; `join` completes the build",
+    )
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Which samples of an input are read, and how: what every verb that reads inputs asks."""
     add = parser.add_argument
@@ -83,9 +112,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from megaprior.data_tools.build import build, preview
+    from megaprior.data_tools.build import preview
     from megaprior.data_tools.options import BuildOptions, parse_subset
-    from megaprior.data_tools.screen import print_built, print_preview
+    from megaprior.data_tools.screen import print_preview
 
     wanted = BuildOptions(
         format=options.format,
@@ -100,7 +129,32 @@ def _build(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         print_preview(preview(options.input, options.output, tokenizer=options.tokenizer, options=wanted))
+        return 0
+    return _run(options, wanted)
+
+
+def _run(options: argparse.Namespace, wanted: BuildOptions) -> int:
+    from megaprior.data_tools.build import build, build_part
+    from megaprior.data_tools.parts import parse_part
+    from megaprior.data_tools.ranks import build_on_ranks, launched_ranks
+    from megaprior.data_tools.screen import print_built, print_part
+    from megaprior.data_tools.workers import usable_cores
+
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers {options.workers}: at least 1")
+    tokenizer, workers = options.tokenizer, options.workers or usable_cores()
+    if options.part is not None:
+        part = parse_part(options.part)
+        print_part(
+            options.output,
+            build_part(options.input, options.output, part=part, tokenizer=tokenizer, options=wanted, workers=workers),
+        )
+        return 0
+    if launched_ranks() > 1:
+        workers = options.workers or 1
+        body = build_on_ranks(options.input, options.output, tokenizer=tokenizer, options=wanted, workers=workers)
     else:
-        body = build(options.input, options.output, tokenizer=options.tokenizer, options=wanted)
+        body = build(options.input, options.output, tokenizer=tokenizer, options=wanted, workers=workers)
+    if body is not None:
         print_built(options.output, body)
     return 0

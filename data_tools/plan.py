@@ -55,6 +55,11 @@ class Plan:
     recorded: dict[str, Any]
 
 
+def shard_prefix(number: int) -> str:
+    """Name of the shard at `number` of a plan."""
+    return f"{number:05d}"
+
+
 def make_plan(paths: Sequence[Path], options: BuildOptions, *, fingerprint: str) -> Plan:
     """Look at every input, without reading it through, and cut it into shards.
 
@@ -75,7 +80,7 @@ def make_plan(paths: Sequence[Path], options: BuildOptions, *, fingerprint: str)
     if options.images is not None and not any(source.format in ("jsonl", "tsv") for source in sources):
         raise UsageError(f"--images {options.images}: no input is a jsonl or tsv that names images")
     jobs = [job for source in sources for job in _cut(source, options, pairs=kind == "pairs")]
-    jobs = [ShardJob(prefix=f"{number:05d}", **job) for number, job in enumerate(jobs)]
+    jobs = [ShardJob(prefix=shard_prefix(number), **job) for number, job in enumerate(jobs)]
     recorded = {
         "recipe": RECIPE,
         "kind": kind,

@@ -15,7 +15,7 @@ from rich.text import Text
 from megaprior.data import manifest as mf
 from megaprior.data.images import probe_size
 from megaprior.data.shards import ShardSet
-from megaprior.data_tools.build import QUARANTINE, Preview
+from megaprior.data_tools.build import QUARANTINE, PartBuilt, Preview
 from megaprior.data_tools.samples import Rejected
 from megaprior.errors import UsageError
 from megaprior.tokenizer import Tokenizer
@@ -63,6 +63,14 @@ def print_built(folder: Path, build: dict[str, Any]) -> None:
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         _line(console, f"{counts['quarantined']:,} quarantined, see {folder / QUARANTINE}: {why}")
     _line(console, f"next: megaprior-data verify {folder}")
+
+
+def print_part(folder: Path, built: PartBuilt) -> None:
+    """What a part has done and what has to follow."""
+    console = _console()
+    _line(console, f"{folder}: part {built.part}: {_count(built.shards, 'shard')} of {built.total:,}")
+    if not built.complete:
+        _line(console, f"next, when all {built.part.of} parts are done: megaprior-data join {folder}")
 
 
 def print_verified(found: dict[Path, list[str]]) -> None:

@@ -29,9 +29,9 @@ from megaprior.tokenizer import Tokenizer
 WORKING = ".building"  # folder inside the output while a build is under way
 
 
-def ledger_path(output: Path, job: ShardJob) -> Path:
-    """Where a job notes what it left out, before its manifest says that it is done."""
-    return output / WORKING / f"{job.prefix}.json"
+def ledger_path(output: Path, prefix: str) -> Path:
+    """Where a job notes what its shard left out, before the manifest says that it is done."""
+    return output / WORKING / f"{prefix}.json"
 
 
 def read_job(
@@ -80,7 +80,7 @@ def build_shard(
         for rejected in left_out:
             writer.quarantined(reason=rejected.reason.partition(":")[0])
         entries = [{"source": job.source.name, "sample": r.key, "reason": r.reason} for r in left_out]
-        atomic_write(ledger_path(output, job), json.dumps({"quarantine": entries, "outside_subset": outside}))
+        atomic_write(ledger_path(output, job.prefix), json.dumps({"quarantine": entries, "outside_subset": outside}))
         return writer.finish()
 
 

@@ -13,7 +13,7 @@ import pytest
 from megaprior.data_tools import cli
 
 Command = Callable[..., tuple[int, str, str]]
-COMMANDS = ("build", "verify", "show", "train-tokenizer", "make-scenes")
+COMMANDS = ("build", "join", "verify", "show", "train-tokenizer", "make-scenes")
 
 
 @pytest.fixture
