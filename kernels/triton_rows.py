@@ -19,12 +19,13 @@ from triton.runtime.jit import JITFunction
 LOWEST = tl.constexpr(-3.0e38)  # finite: a row may begin with logits of -inf, and -inf - -inf is NaN
 SERIES = tl.constexpr(0.25)  # below it expm1 is summed as a series; twelve terms are exact to float64 there
 
-# One program holds one block of a row in registers: 32 float32 a thread, half a multiprocessor's threads, so that two
-# rows are in flight on each. Chosen by V alone, never by the number of rows.
-WIDEST_BLOCK = 16384
+# A program holds one block of its row in registers, 32 logits a thread: at 63 registers in bfloat16 four programs fit on a
+# multiprocessor, 64 KB of loads in flight where 23 KB hide the latency, and one's barriers are the others' time. Chosen by
+# V alone, never by the number of rows.
+WIDEST_BLOCK = 8192
 ELEMENTS_PER_THREAD = 32
 TOKENS_PER_BLOCK = 256  # of a caption, in float64
-SCALED_PER_BLOCK = 4096
+SCALED_PER_BLOCK, SCALE_WARPS = 4096, 8
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -70,7 +71,9 @@ def scale_(values: Tensor, scale: Tensor) -> None:
         return
     blocks = triton.cdiv(columns, SCALED_PER_BLOCK)
     with _on(values):
-        scale_kernel[(rows * blocks,)](values, values.stride(0), scale, columns, blocks, BLOCK=SCALED_PER_BLOCK)
+        scale_kernel[(rows * blocks,)](
+            values, values.stride(0), scale, columns, blocks, BLOCK=SCALED_PER_BLOCK, num_warps=SCALE_WARPS
+        )
 
 
 def segment_weights(
@@ -137,7 +140,7 @@ def cross_entropy_kernel(
     runs backwards because what was read last is what the cache still holds.
     """
     index = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + index)
+    target = tl.load(targets + index).to(tl.int32)  # no vocabulary needs more, and comparing costs half the registers
     factor = tl.load(factors + index)
     row = logits + index * row_stride
     if target < 0:

@@ -59,4 +59,7 @@ class LossHead(nn.Linear):
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):  # autocast does not look inside the fused loss
             hidden = hidden.to(torch.get_autocast_dtype(kind))
-        return linear_weighted_cross_entropy(hidden, self.weight, targets, token_weight, denominator=denominator)
+        # Models send loss positions only: nothing to leave out is worth making the host wait for the device.
+        return linear_weighted_cross_entropy(
+            hidden, self.weight, targets, token_weight, denominator=denominator, compact=False
+        )

@@ -32,3 +32,10 @@ def _problem(n, vocabulary, width, *, seed=0, dtype=torch.float32, ignored=(), z
 def loss_problem() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """`loss_problem(N, V, H, seed=0, dtype=float32, ignored=(), zero=())`: positions ignored, positions of weight 0."""
     return _problem
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, monkeypatch):
+    """What "auto" is in each test."""
+    monkeypatch.setenv("MEGAPRIOR_LOSS_IMPL", request.param)
+    return request.param

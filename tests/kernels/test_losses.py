@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megaprior.kernels import (
-    choice,
     linear_logprob,
     linear_weighted_cross_entropy,
     oracle,
@@ -24,11 +23,7 @@ from megaprior.kernels import (
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 
-@pytest.fixture(params=["torch", "triton"], autouse=True)
-def impl(request, monkeypatch):
-    """What "auto" is in each test."""
-    monkeypatch.setenv(choice.OVERRIDE, request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("impl")
 
 
 def linear(hidden, weight, targets, token_weight, *, upstream=1.0, run=linear_weighted_cross_entropy, **options):

@@ -51,13 +51,19 @@ def spawn() -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def launch(spawn: Callable[..., Any]) -> Callable[..., list[int]]:
-    """`launch(values, world=2, fault={})` trains under ZeRO-3 on that many ranks and returns their exit codes."""
+    """`launch(values, world=2, fault={}, environment={})` trains under ZeRO-3 on that many ranks; returns their exit codes."""
     import train_children
 
-    def run(values: dict[str, Any], *, world: int = 2, fault: dict[str, Any] | None = None) -> list[int]:
+    def run(
+        values: dict[str, Any],
+        *,
+        world: int = 2,
+        fault: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> list[int]:
         values = {**values, "engine": "zero3", "zero": train_children.PARTITION_ALL}
         port = str(train_children.free_port())
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared = {**(environment or {}), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
         processes = [spawn(values, {**(fault or {}), "environment": rank}) for rank in ranks]
         for process in processes:

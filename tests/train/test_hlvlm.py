@@ -151,7 +151,10 @@ def test_two_ranks_equal_one_process(
     placement: str,
     tied: bool,
 ) -> None:
-    """Frozen parts replicated or partitioned, rows without images and dummies on one rank, activation checkpointing."""
+    """Frozen parts replicated or partitioned, rows without images and dummies on one rank, activation checkpointing.
+
+    Where the frozen head is partitioned, the ranks' loss is that of the Triton kernels and the one process's the plain form.
+    """
     make_bases(tmp_path / "bases", tied=tied)
     values = hlvlm_settings(
         world,
@@ -167,7 +170,9 @@ def test_two_ranks_equal_one_process(
     single.join(120)
     assert single.exitcode == 0
     both = {**values, "out": str(tmp_path / "both"), "model": {**values["model"], "frozen": placement}}
-    assert launch(both, fault={"gradients": str(tmp_path / "both.pt")}) == [0, 0]
+    fault = {"gradients": str(tmp_path / "both.pt")}
+    environment = {"MEGAPRIOR_LOSS_IMPL": "triton" if placement == "partitioned" else "auto"}
+    assert launch(both, fault=fault, environment=environment) == [0, 0]
     first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("local", "both"))
     assert first.keys() == second.keys()
     assert len(first) == 4
