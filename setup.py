@@ -92,6 +92,7 @@ setup(
         "numpy>=1.26",
         "mpi4py>=4.0",
         "pillow>=10.3",
+        "pyarrow>=17.0",
         "pydantic>=2.7",
         "pyyaml>=6.0",
         "xxhash>=3.4",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megaprior.data_tools.verb import Commands, add_verb
 from megaprior.errors import UsageError
@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from megaprior.data_tools.options import BuildOptions
 
 _BUILD = """\
-inputs, told apart by suffix; a folder stands for the files directly inside it:
+inputs, told apart by suffix, then by their first bytes; a folder stands for the files directly inside it:
   .tar .tar.gz .tgz      WebDataset, as img2dataset writes it: KEY.jpg KEY.txt KEY.json; streamed, never extracted
-  .jsonl .tsv (or .gz)   one record a line, with the image's name relative to --images; --text takes captions alone
-  .txt (or .gz)          one caption a line; --documents cuts long text into windows instead
+  .parquet               image bytes, Hugging Face's {bytes, path}, or names relative to --images; only needed columns are read
+  a saved data set       what `datasets` writes with save_to_disk (.arrow); --split chooses one of several
+  .jsonl                 a record a line: captions, LLaVA conversations, or messages with images as base64 (SOLO)
+  .json                  an array of such records, streamed: LLaVA's files
+  .csv .tsv              with a header line; csv may have line ends inside quotes; image names are relative to --images
+  .txt                   one caption a line; --documents cuts long text into windows instead
+all but parquet and arrow also packed, as .gz, .zst or .lz4. A list of URLs is refused with the img2dataset command that
+fetches them: nothing is ever downloaded here. docs/formats.md has the exact shapes.
 
 what cannot be used (broken images, blank captions, bad lines) goes to DIR/quarantine.jsonl with its reason and is
 counted; nothing is dropped silently. Interrupted or killed, the same command goes on where it stopped; SIGTERM and SIGUSR1
@@ -26,6 +32,9 @@ examples:
   megaprior-data build --input pairs/*.tar --output shards/pairs --tokenizer tokenizer.model
   megaprior-data build --input photos/captions.jsonl --images photos/jpg --caption-column alt_text \\
       --output shards/photos --tokenizer tokenizer.model
+  megaprior-data build --input blip_laion_cc_sbu_558k.json --images images --output shards/llava --tokenizer tokenizer.model
+  megaprior-data build --input data/train-*.parquet --caption-column capsfusion laion_2b --captions first \\
+      --output shards/capsfusion --tokenizer tokenizer.model
   megaprior-data build --input captions.txt.gz --output shards/reference --tokenizer tokenizer.model
   megaprior-data build --input wiki.jsonl --text --documents --caption-column text --output shards/text --tokenizer llama3
 with every core of one machine (the default), over many with MPI, or as a Slurm array of ten parts; the bytes are the same:
@@ -64,7 +73,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder that image names are relative to (default: the file's own, or images/ in it)",
     )
-    add("--image-column", default="image", metavar="NAME", help="column with the image's name (default: %(default)s)")
+    add(
+        "--image-column",
+        default="image",
+        metavar="NAME",
+        help="column with the image or its name (default: %(default)s, else images, jpg, png, webp, file_name)",
+    )
     add(
         "--max-sequence",
         type=int,
@@ -101,14 +115,42 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Which samples of an input are read, and how: what every verb that reads inputs asks."""
     add = parser.add_argument
-    add("--format", default="auto", choices=("auto", "webdataset", "jsonl", "tsv", "text"), help="default: by suffix")
+    formats = ("auto", "webdataset", "parquet", "arrow", "jsonl", "csv", "tsv", "json", "text")
+    add("--format", default="auto", choices=formats, help="default: by suffix, then by the first bytes")
+    add("--split", metavar="NAME", help="split of a Hugging Face folder, such as train")
     add(
         "--caption-column",
+        nargs="+",
         metavar="NAME",
-        help="column with the caption, a string or a list of them; a number counts the columns of a tsv without header "
-        "from 0 (default: captions, else caption)",
+        help="column with the caption, a string or a list of them; several columns give several captions of one image; a "
+        "number counts the columns of a table without header from 0 (default: captions, else caption, conversations, messages)",
     )
-    add("--captions", default="all", choices=("all", "first"), help="of an image with several (default: %(default)s)")
+    add(
+        "--captions",
+        default="all",
+        choices=("all", "first", "random"),
+        help="of an image with several: each a sample of its own, the first that is usable (in the order of "
+        "--caption-column), or one drawn by a hash of them (default: %(default)s)",
+    )
+    add(
+        "--turns",
+        default="one",
+        choices=("one", "all"),
+        help="of a conversation: its only answer is the caption, and one with several goes to quarantine; or all turns, with "
+        "loss on the answers (default: %(default)s)",
+    )
+
+
+def reading_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_reading` asked, as fields of BuildOptions."""
+    named = options.caption_column
+    return {
+        "format": options.format,
+        "split": options.split,
+        "caption_column": tuple(named) if named else None,
+        "captions": options.captions,
+        "turns": options.turns,
+    }
 
 
 def _build(options: argparse.Namespace) -> int:
@@ -117,11 +159,9 @@ def _build(options: argparse.Namespace) -> int:
     from megaprior.data_tools.screen import print_preview
 
     wanted = BuildOptions(
-        format=options.format,
+        **reading_options(options),
         images=options.images,
         image_column=options.image_column,
-        caption_column=options.caption_column,
-        captions=options.captions,
         max_sequence=options.max_sequence,
         subset=parse_subset(options.subset),
         text=options.text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megaprior.data_tools.cli_build import add_reading
+from megaprior.data_tools.cli_build import add_reading, reading_options
 from megaprior.data_tools.verb import Commands, add_verb
 
 
@@ -37,9 +37,7 @@ def _train_tokenizer(options: argparse.Namespace) -> int:
     from megaprior.data_tools.options import BuildOptions
     from megaprior.data_tools.vocabulary import train_tokenizer
 
-    reading = BuildOptions(
-        format=options.format, caption_column=options.caption_column, captions=options.captions, text=True
-    )
+    reading = BuildOptions(**reading_options(options), text=True)
     tokenizer = train_tokenizer(options.input, options.output, vocab_size=options.vocab_size, options=reading)
     print(f"{options.output}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:16]}")
     return 0

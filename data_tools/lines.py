@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
 from megaprior.data_tools.samples import Unfit
+from megaprior.data_tools.streams import DAMAGE
 
 MAX_LINE_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -27,29 +26,32 @@ class Line:
     problem: str | None = None
 
 
-def read_lines(stream: IO[bytes], *, start: int = 0, end: int | None = None) -> Iterator[Line]:
+def read_lines(
+    stream: IO[bytes], *, start: int = 0, end: int | None = None, limit: int | None = None
+) -> Iterator[Line]:
     """The lines whose first byte lies in [start, end) of the unpacked stream, which stands at its beginning.
 
-    Cutting a file at any offsets thus gives every line to exactly one cut. A stream that ends in the middle of its gzip
-    data yields one last line with that problem.
+    Cutting a file at any offsets thus gives every line to exactly one cut. A stream that ends in the middle of its packed
+    data yields one last line with that problem. A line over `limit` bytes (MAX_LINE_BYTES) is skipped and told.
     """
+    limit = MAX_LINE_BYTES if limit is None else limit
     offset = number = 0
     try:
         if start:
             stream.seek(start - 1)
             offset = start - 1 + _skip_line(stream)  # start - 1: a line that begins exactly at `start` is kept
         while end is None or offset < end:
-            raw = stream.readline(MAX_LINE_BYTES + 1)
+            raw = stream.readline(limit + 1)
             if not raw:
                 return
             number += 1
             here, offset = offset, offset + len(raw)
-            if len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+            if len(raw) > limit and not raw.endswith(b"\n"):
                 offset += _skip_line(stream)
-                yield Line(number, here, problem=f"line too long: over {MAX_LINE_BYTES >> 20} MiB")
+                yield Line(number, here, problem=f"line too long: over {limit >> 20} MiB")
             else:
                 yield _line(raw.removesuffix(b"\n").removesuffix(b"\r"), number, here)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGE as error:
         yield Line(number + 1, offset, problem=f"damaged file: the rest is lost ({error})")
 
 

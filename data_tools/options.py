@@ -8,40 +8,59 @@ from typing import Any
 
 from megaprior.errors import UsageError
 
-FORMATS = ("webdataset", "jsonl", "tsv", "text")
+FORMATS = ("webdataset", "parquet", "arrow", "jsonl", "csv", "tsv", "json", "text")
+CAPTIONS = ("all", "first", "random")
+TURNS = ("one", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """How inputs are read and cut.
 
-    `caption_column` None means "captions" (a list) where a record has it, else "caption". `subset` keeps the samples whose
-    content hash, as a fraction of 2^64, lies in [start, end). `images` is the folder image names are relative to.
+    `caption_column` is a name or several; None means "captions" (a list) where a record has it, else "caption", else a
+    conversation. `turns` "all" builds conversations whole, with loss on the answers; "one" takes the single answer for a
+    caption. `subset` keeps the samples whose content hash, as a fraction of 2^64, lies in [start, end). `images` is the
+    folder image names are relative to, `split` the split of a Hugging Face folder.
     """
 
     format: str = "auto"
     images: Path | None = None
     image_column: str = "image"
-    caption_column: str | None = None
+    caption_column: str | tuple[str, ...] | None = None
     captions: str = "all"
+    turns: str = "one"
+    split: str | None = None
     max_sequence: int = 2048
     subset: tuple[float, float] = (0.0, 1.0)
     text: bool = False
     documents: bool = False
     text_shard_bytes: int = 256 << 20
+    parquet_shard_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
             raise UsageError(f"--format {self.format}: expected auto, {', '.join(FORMATS)}")
-        if self.captions not in ("all", "first"):
-            raise UsageError(f"--captions {self.captions}: expected all or first")
+        if self.captions not in CAPTIONS:
+            raise UsageError(f"--captions {self.captions}: expected {', '.join(CAPTIONS)}")
+        if self.turns not in TURNS:
+            raise UsageError(f"--turns {self.turns}: expected {', '.join(TURNS)}")
+        if len(set(self.caption_columns)) < len(self.caption_columns):
+            raise UsageError(f"--caption-column {' '.join(self.caption_columns)}: a column is named twice")
+        if self.turns == "all" and self.documents:
+            raise UsageError("--turns all builds conversations whole, --documents cuts text; choose one of them")
         if self.max_sequence < 2:
             raise UsageError(f"--max-sequence {self.max_sequence}: at least 2, a token and the closing EOS")
-        if self.text_shard_bytes < 1:
-            raise UsageError(f"--text-shard-bytes {self.text_shard_bytes}: at least 1")
+        if min(self.text_shard_bytes, self.parquet_shard_bytes) < 1:
+            raise UsageError(f"shards of {min(self.text_shard_bytes, self.parquet_shard_bytes)} bytes: at least 1")
         start, end = self.subset
         if not 0.0 <= start < end <= 1.0:
             raise UsageError(f"--subset {start}:{end}: expected 0 <= A < B <= 1, for example 0:0.5")
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The columns asked for by name; empty where the record's own columns decide."""
+        named = self.caption_column
+        return () if named is None else (named,) if isinstance(named, str) else tuple(named)
 
     @property
     def whole(self) -> bool:
@@ -52,14 +71,17 @@ class BuildOptions:
         """The options as manifests and the build id hold them: no absolute path, no host, no time."""
         return {
             "captions": self.captions,
-            "caption_column": self.caption_column,
+            "caption_column": list(self.caption_columns) or None,
             "documents": self.documents,
             "image_column": self.image_column,
             "images": self.images.name if self.images else None,
             "max_sequence": self.max_sequence,
+            "parquet_shard_bytes": self.parquet_shard_bytes,
+            "split": self.split,
             "subset": list(self.subset),
             "text": self.text,
             "text_shard_bytes": self.text_shard_bytes,
+            "turns": self.turns,
         }
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megaprior.data_tools.inputs import Source, find_sources, is_gzipped
+from megaprior.data_tools.columns import PARQUET, row_group_ranges
+from megaprior.data_tools.inputs import Source, find_sources
 from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.records import check_columns, find_images
 from megaprior.data_tools.samples import Unfit
+from megaprior.data_tools.streams import packing
 from megaprior.errors import DataError, UsageError
 from megaprior.files import digest_json
 
@@ -19,17 +21,24 @@ RECIPE = 1  # raise it whenever the same inputs and options give other bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """One shard: a whole input file, or the lines of a plain text file whose first byte lies in [start, end)."""
+    """One shard: a whole input file, or a part of it.
+
+    Of plain text the lines whose first byte lies in [start, end), of parquet those row groups; `part_bytes` is then what
+    they take on disk.
+    """
 
     prefix: str
     source: Source
     images: Path | None = None
     start: int = 0
     end: int | None = None
+    part_bytes: int | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes on disk that the job reads of its input file."""
+        if self.part_bytes is not None:
+            return self.part_bytes
         return min(self.end or self.source.size, self.source.size) - self.start
 
     def recorded(self) -> dict[str, Any]:
@@ -67,7 +76,7 @@ def make_plan(paths: Sequence[Path], options: BuildOptions, *, fingerprint: str)
         UsageError: inputs or options that do not fit each other.
         DataError: an input that is not what its name or the options say; nothing has been written.
     """
-    sources, left_out = find_sources(paths, format=options.format)
+    sources, left_out = find_sources(paths, format=options.format, split=options.split)
     kinds = {"text" if options.text or source.format == "text" else "pairs" for source in sources}
     if len(kinds) > 1:
         text = next(source for source in sources if source.format == "text")
@@ -77,8 +86,10 @@ def make_plan(paths: Sequence[Path], options: BuildOptions, *, fingerprint: str)
     kind = kinds.pop()
     if options.documents and kind == "pairs":
         raise UsageError("--documents cuts text, a pair's caption stays whole; add --text to take the captions alone")
-    if options.images is not None and not any(source.format in ("jsonl", "tsv") for source in sources):
-        raise UsageError(f"--images {options.images}: no input is a jsonl or tsv that names images")
+    if options.images is not None and all(source.format in ("webdataset", "text") for source in sources):
+        raise UsageError(f"--images {options.images}: no input is a table that names images (jsonl, csv, parquet, ...)")
+    if options.turns == "all" and all(source.format in ("csv", "tsv", "text") for source in sources):
+        raise UsageError("--turns all: no input holds conversations (json, jsonl, parquet, arrow, webdataset)")
     jobs = [job for source in sources for job in _cut(source, options, pairs=kind == "pairs")]
     jobs = [ShardJob(prefix=shard_prefix(number), **job) for number, job in enumerate(jobs)]
     recorded = {
@@ -108,7 +119,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 def _cut(source: Source, options: BuildOptions, *, pairs: bool) -> list[dict[str, Any]]:
     if source.format == "text":
-        if is_gzipped(source.path) or source.size <= options.text_shard_bytes:
+        if packing(source.path) or source.size <= options.text_shard_bytes:
             return [{"source": source}]
         starts = range(0, source.size, options.text_shard_bytes)
         return [{"source": source, "start": start, "end": start + options.text_shard_bytes} for start in starts]
@@ -119,7 +130,17 @@ def _cut(source: Source, options: BuildOptions, *, pairs: bool) -> list[dict[str
         check_columns(source, options)
     except Unfit as unfit:
         raise DataError(f"{source.path}: {unfit.reason}") from None
-    return [{"source": source, "images": images}]
+    return [{"source": source, "images": images, **part} for part in _parts(source, options)]
+
+
+def _parts(source: Source, options: BuildOptions) -> list[dict[str, Any]]:
+    """A parquet file is cut between row groups, which can be read without those before them."""
+    if source.format != PARQUET:
+        return [{}]
+    ranges = row_group_ranges(source.path, limit=options.parquet_shard_bytes)
+    if len(ranges) == 1:
+        return [{}]
+    return [{"start": start, "end": end, "part_bytes": size} for start, end, size in ranges]
 
 
 def _images(source: Source, options: BuildOptions, *, pairs: bool) -> Path | None:

@@ -1,43 +1,66 @@
-"""Records of jsonl and tsv files with an image folder beside them, and plain text."""
+"""Samples of records, whatever file they come from, and of plain text."""
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import IO
 
-from megaprior.data_tools.inputs import Source, download_advice, open_input
+from megaprior.data_tools.advice import list_of_urls
+from megaprior.data_tools.captions import caption_columns, record_captions, record_conversation
+from megaprior.data_tools.columns import ARROW, PARQUET, open_rows
+from megaprior.data_tools.inputs import Source
 from megaprior.data_tools.lines import Line, read_lines
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.samples import (
-    Caption,
-    Rejected,
-    Sample,
-    Unfit,
-    caption_column,
-    clean_text,
-    json_type,
-    parse_record,
-    record_captions,
-)
+from megaprior.data_tools.pictures import file_name, from_base64, image_bytes, image_column, is_link
+from megaprior.data_tools.samples import Caption, Record, Rejected, Sample, Unfit, clean_text
+from megaprior.data_tools.streams import open_input
+from megaprior.data_tools.tables import Records, read_records
+from megaprior.data_tools.webdataset import read_tar
 
-MAX_IMAGE_BYTES = 256 << 20
 DOCUMENT_BYTES = 1 << 20
 
-Record = dict[str, Any]
+Samples = Iterator[Sample | Rejected]
 
 
-def read_table(stream: IO[bytes], format: str, options: BuildOptions) -> Iterator[Sample | Rejected]:
-    """The samples of a jsonl or tsv stream, in order; `options.images` None reads captions alone."""
-    for key, record in _records(stream, format, options):
+@contextmanager
+def open_samples(
+    source: Source, options: BuildOptions, *, start: int = 0, end: int | None = None
+) -> Iterator[tuple[Samples, Callable[[], int]]]:
+    """The samples of a source in order, and a function that tells how many bytes of the file have been read.
+
+    `start` and `end` count bytes of plain text and row groups of parquet; other formats are read whole.
+    """
+    if source.format in (PARQUET, ARROW):
+        with open_rows(source.path, source.format, wanted=_wanted(options), start=start, end=end) as rows:
+            yield read_samples(rows.records, options), rows.consumed
+        return
+    with open_input(source.path) as opened:
+        if source.format == "webdataset":
+            samples = read_tar(opened.stream, options)
+        elif source.format == "text":
+            samples = read_text(opened.stream, options, start=start, end=end)
+        else:
+            samples = read_table(opened.stream, source.format, options)
+        yield samples, opened.consumed
+
+
+def read_table(stream: IO[bytes], format: str, options: BuildOptions) -> Samples:
+    """The samples of a jsonl, json, csv or tsv stream, in order; `options.images` is the folder its images lie in."""
+    return read_samples(read_records(stream, format, options), options)
+
+
+def read_samples(records: Records, options: BuildOptions) -> Samples:
+    """One sample for each record, with all its captions and its one image."""
+    for key, record in records:
         if isinstance(record, Rejected):
             yield record
             continue
         try:
             captions, refused = record_captions(key, record, options)
-            image = _image(record, options) if _image_needed(options) else None
+            image = _image(record, options) if captions else None
         except Unfit as unfit:
             yield Rejected(key=key, reason=unfit.reason)
             continue
@@ -53,122 +76,103 @@ def read_text(stream: IO[bytes], options: BuildOptions, *, start: int, end: int 
 
 
 def peek_record(source: Source, options: BuildOptions) -> Record | None:
-    """The first record of a jsonl or tsv that is one; None when the first 100 lines hold none."""
-    with open_input(source.path) as opened:
-        for _, record in islice(_records(opened.stream, source.format, options), 100):
-            if isinstance(record, dict):
-                return record
-    return None
+    """The first record of a source that is one, all columns; None when the first 100 hold none."""
+    with _open_records(source, options) as records:
+        return next((record for _, record in islice(records, 100) if isinstance(record, dict)), None)
 
 
-def find_images(source: Source, options: BuildOptions) -> Path:
-    """The folder that the image names of a jsonl or tsv are relative to: --images, else `images/` beside it, else its own.
+@contextmanager
+def _open_records(source: Source, options: BuildOptions) -> Iterator[Records]:
+    if source.format in (PARQUET, ARROW):
+        with open_rows(source.path, source.format, wanted=lambda names: names) as rows:
+            yield rows.records
+    else:
+        with open_input(source.path) as opened:
+            yield read_records(opened.stream, source.format, options)
+
+
+def find_images(source: Source, options: BuildOptions) -> Path | None:
+    """The folder that a source's image names are relative to: --images, else `images/` beside it, else its own.
+
+    None where the first record holds its image itself.
 
     Raises:
         Unfit: there is none, or the first record names no image; the reason tells the remedy.
     """
-    record, column = peek_record(source, options) or {}, options.image_column
-    name = record.get(column)
-    if name is None:
-        columns = ", ".join(map(repr, record)) or "none"
-        links = [key for key, value in record.items() if str(value).startswith(("http://", "https://"))]
-        if links:
-            url = next((key for key in ("url", "image_url", "URL") if key in links), links[0])
-            caption, header = caption_column(record, options), ""
-            if url.isdigit():
-                url, caption, header = "url", "caption", "put a header line, 'caption' and 'url', on top; "
-            advice = download_advice(source.path.name, source.format, url, caption)
-            raise Unfit(f"a list of image URLs, not of images; {header}{advice} (or take captions alone with --text)")
+    record = peek_record(source, options) or {}
+    column = image_column(record, options)
+    value = record.get(column)
+    if is_link(value) or (value is None and any(map(is_link, record.values()))):
+        raise Unfit(list_of_urls(source, record, caption_columns(record, options)))
+    if value is None:
+        conversation = record_conversation(record, options)
+        if conversation is not None and conversation.images:
+            return options.images
         raise Unfit(
-            f"no column '{column}' (columns: {columns}); name it with --image-column, or take captions alone with --text"
+            f"no column '{column}' (columns: {_names(record)}); name it with --image-column, or take captions alone with "
+            "--text"
         )
-    if options.images is not None:
+    name = file_name(value)
+    if options.images is not None or name is None:
         return options.images
     for folder in (source.path.parent / "images", source.path.parent):
-        if isinstance(name, str) and (folder / name).is_file():
+        if (folder / name).is_file():
             return folder
     where = "neither beside it nor in images/ beside it"
     raise Unfit(f"its first image {name!r} is {where}; add --images DIR, or --text for captions alone")
 
 
 def check_columns(source: Source, options: BuildOptions) -> None:
-    """Refuse a whole file whose first record lacks the caption column: a wrong option, not a bad sample.
+    """Refuse a whole file whose first record lacks a caption column: a wrong option, not a bad sample.
 
     Raises:
-        Unfit: the column is missing; the reason tells the columns there are.
+        Unfit: a column is missing; the reason tells the columns there are.
     """
     record = peek_record(source, options)
-    if record is not None and (column := caption_column(record, options)) not in record:
-        columns = ", ".join(map(repr, record)) or "none"
+    if record is None:
+        return
+    missing = [column for column in caption_columns(record, options) if column not in record]
+    if missing:
         example = ", for example --caption-column 0" if "0" in record else ""
-        raise Unfit(f"no column '{column}' (columns: {columns}); name it with --caption-column{example}")
+        raise Unfit(f"no column '{missing[0]}' (columns: {_names(record)}); name it with --caption-column{example}")
 
 
-def _records(stream: IO[bytes], format: str, options: BuildOptions) -> Iterator[tuple[str, Record | Rejected]]:
-    header: list[str] | None = None
-    for line in read_lines(stream):
-        key = f"line {line.number}"
-        if line.problem is not None:
-            yield key, Rejected(key=key, reason=line.problem)
-        elif format == "tsv" and header is None:
-            header, is_record = _header(line.text, options)
-            if is_record:
-                yield key, dict(zip(header, line.text.split("\t"), strict=True))
-        else:
-            try:
-                yield key, parse_record(line.text) if format == "jsonl" else _row(line.text, header or [])
-            except Unfit as unfit:
-                yield key, Rejected(key=key, reason=unfit.reason)
+def _names(record: Record) -> str:
+    return ", ".join(map(repr, record)) or "none"
 
 
-def _header(first: str, options: BuildOptions) -> tuple[list[str], bool]:
-    """Column names of a tsv, and whether its first line is a record already (columns are then called "0", "1", ...)."""
-    cells = first.split("\t")
-    names = {options.caption_column} if options.caption_column is not None else {"caption", "captions"}
-    if names & set(cells):
-        return cells, False
-    return [str(number) for number in range(len(cells))], True
+def _wanted(options: BuildOptions) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Of a table's columns those that samples are made of; the others are not read."""
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        wanted = {*caption_columns(names, options), "words"}
+        if _image_wanted(options):
+            wanted.add(image_column(names, options))
+        return [name for name in names if name in wanted]
+
+    return choose
 
 
-def _row(text: str, header: list[str]) -> Record:
-    cells = text.split("\t")
-    if len(cells) != len(header):
-        raise Unfit(f"wrong number of columns: {len(cells)}, the first line has {len(header)}")
-    return dict(zip(header, cells, strict=True))
-
-
-def _image_needed(options: BuildOptions) -> bool:
-    return options.images is not None and not (options.text and options.whole)
+def _image_wanted(options: BuildOptions) -> bool:
+    return not (options.text and options.whole)
 
 
 def _image(record: Record, options: BuildOptions) -> bytes | None:
-    """The image file a record names; None for captions alone whose image is not there."""
-    assert options.images is not None
+    """The image of a record; None for captions alone whose image is not there."""
+    if not _image_wanted(options):
+        return None
     try:
-        return _read_image(options.images, record.get(options.image_column))
+        value = record.get(image_column(record, options))
+        if value is None and (conversation := record_conversation(record, options)) and conversation.images:
+            if len(conversation.images) > 1:
+                raise Unfit(f"more than one image: {len(conversation.images)} in the conversation; a sample has one")
+            value = next(iter(conversation.images))
+            return from_base64(value) if isinstance(value, str) else image_bytes(value, options.images)
+        return image_bytes(value, options.images)
     except Unfit:
-        if options.text:
+        if options.text:  # a subset of captions alone goes by their images where these are at hand
             return None
         raise
-
-
-def _read_image(folder: Path, name: Any) -> bytes:
-    if not isinstance(name, str) or not name:
-        raise Unfit(f"no image name: {json_type(name) if name != '' else 'an empty string'}")
-    if name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
-        raise Unfit(f"unsafe image name: {name!r} leads out of the image folder")
-    path = folder / name
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise Unfit(f"no image: {name} is not a file")
-        if status.st_size > MAX_IMAGE_BYTES:
-            raise Unfit(f"image too large: {status.st_size:,} bytes, at most {MAX_IMAGE_BYTES:,}")
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
-        raise Unfit(f"no image: {name!r} is not in the image folder") from None
-    except PermissionError:
-        raise Unfit(f"no image: {name!r} may not be read") from None
 
 
 def _place(line: Line, start: int) -> str:

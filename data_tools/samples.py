@@ -6,11 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from megaprior.data_tools.options import BuildOptions
-
 WORD_CLASSES = 3  # 0 boilerplate, 1 image-related, 2 noise
 
 Words = tuple[tuple[int, int, int], ...]
+Record = dict[str, Any]
 
 
 class Unfit(Exception):
@@ -22,12 +21,24 @@ class Unfit(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one side says in a conversation; `loss` tells whether it is learnt (an answer) or given (a prompt)."""
+
+    text: str
+    loss: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Caption:
-    """One caption; `words` holds (start byte, end byte, class) over its UTF-8 where the truth is known."""
+    """One caption; `words` holds (start byte, end byte, class) over its UTF-8 where the truth is known.
+
+    `turns` are the parts of a conversation, of which `text` is the whole; empty for a caption.
+    """
 
     key: str
     text: str
     words: Words | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +58,25 @@ class Rejected:
     reason: str
 
 
-def parse_record(text: str) -> dict[str, Any]:
+def parse_json(text: str) -> Any:
+    """One JSON value.
+
+    Raises:
+        Unfit: not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unfit(f"not JSON: {str(error)[:120]}") from None
+
+
+def parse_record(text: str) -> Record:
     """One JSON object.
 
     Raises:
         Unfit: not JSON, or not an object.
     """
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Unfit(f"not JSON: {str(error)[:120]}") from None
+    record = parse_json(text)
     if not isinstance(record, dict):
         raise Unfit(f"not a JSON object: {json_type(record)}")
     return record
@@ -64,46 +84,8 @@ def parse_record(text: str) -> dict[str, Any]:
 
 def json_type(value: Any) -> str:
     """What JSON calls the type of `value`."""
-    names = {type(None): "null", bool: "true/false", str: "a string", list: "a list", dict: "an object"}
+    names = {type(None): "null", bool: "true/false", str: "a string", list: "a list", dict: "an object", bytes: "bytes"}
     return names.get(type(value), "a number")
-
-
-def record_captions(key: str, record: dict[str, Any], options: BuildOptions) -> tuple[list[Caption], list[Rejected]]:
-    """The captions of a record under the options, and those refused.
-
-    Several captions of one record are keyed `key#0`, `key#1`, ...
-
-    Raises:
-        Unfit: the column is missing or of a wrong type, or the `words` annotation does not fit the caption.
-    """
-    column = caption_column(record, options)
-    if column not in record:
-        raise Unfit(f"no column '{column}': the record has {', '.join(map(repr, record)) or 'none'}")
-    value = record[column]
-    if isinstance(value, str):
-        return [Caption(key=key, **_checked(value, record.get("words"), options))], []
-    if not isinstance(value, list):
-        raise Unfit(f"column '{column}' of a wrong type: {json_type(value)}, expected a string or a list of strings")
-    if not value:
-        raise Unfit(f"column '{column}' is an empty list")
-    kept, refused = [], []
-    for number, text in enumerate(value[:1] if options.captions == "first" else value):
-        name = f"{key}#{number}"
-        try:
-            if not isinstance(text, str):
-                raise Unfit(f"column '{column}' of a wrong type: item {number} is {json_type(text)}, expected a string")
-            kept.append(Caption(key=name, **_checked(text, None, options)))
-        except Unfit as unfit:
-            refused.append(Rejected(key=name, reason=unfit.reason))
-    return kept, refused
-
-
-def caption_column(record: dict[str, Any], options: BuildOptions) -> str:
-    """The column that holds a record's captions."""
-    if options.caption_column is not None:
-        return options.caption_column
-    order = ("captions", "caption") if options.captions == "all" else ("caption", "captions")
-    return next((name for name in order if name in record), "caption")
 
 
 def clean_text(text: str) -> str:
@@ -123,14 +105,19 @@ def clean_text(text: str) -> str:
     return text
 
 
-def _checked(text: str, words: Any, options: BuildOptions) -> dict[str, Any]:
+def checked_caption(key: str, text: str, words: Any, *, keep_blanks: bool = False) -> Caption:
+    """A caption without the blanks around it, and its `words` annotation moved along.
+
+    Raises:
+        Unfit: the text cannot be tokenized (`clean_text`), or the annotation does not fit it.
+    """
     clean_text(text)
-    if options.documents:
-        return {"text": text}
+    if keep_blanks:
+        return Caption(key=key, text=text)
     # Blanks around a caption are an accident of its file, not words to learn; the annotation moves along.
     stripped = text.strip()
     if words is None:
-        return {"text": stripped}
+        return Caption(key=key, text=stripped)
     shift, limit = len(text[: text.index(stripped)].encode()), len(text.encode())
     if not isinstance(words, list):
         raise Unfit(f"words do not fit: {json_type(words)}, expected a list of [start_byte, end_byte, class]")
@@ -142,4 +129,4 @@ def _checked(text: str, words: Any, options: BuildOptions) -> dict[str, Any]:
                 f"words do not fit: {str(word)[:60]}, expected [start_byte, end_byte, class] in {limit} bytes, class 0-2"
             )
         moved.append((word[0] - shift, word[1] - shift, word[2]))
-    return {"text": stripped, "words": tuple(moved)}
+    return Caption(key=key, text=stripped, words=tuple(moved))

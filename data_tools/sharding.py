@@ -17,12 +17,10 @@ import xxhash
 
 from megaprior.data.images import ImageError, check_image
 from megaprior.data.shards import ShardWriter
-from megaprior.data_tools.inputs import open_input
 from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.plan import Plan, ShardJob
-from megaprior.data_tools.records import read_table, read_text
-from megaprior.data_tools.samples import Caption, Rejected, Sample, Words
-from megaprior.data_tools.webdataset import read_tar
+from megaprior.data_tools.records import open_samples
+from megaprior.data_tools.samples import Caption, Rejected, Sample, Turn, Words
 from megaprior.files import atomic_write
 from megaprior.tokenizer import Tokenizer
 
@@ -39,17 +37,11 @@ def read_job(
 ) -> Generator[Sample | Rejected, None, None]:
     """Every sample of a job's source, in order; `tick` is told the bytes read on the way."""
     options = replace(options, images=job.images)
-    with open_input(job.source.path) as opened:
-        if job.source.format == "webdataset":
-            samples = read_tar(opened.stream, options)
-        elif job.source.format == "text":
-            samples = read_text(opened.stream, options, start=job.start, end=job.end)
-        else:
-            samples = read_table(opened.stream, job.source.format, options)
-        done = job.start
+    with open_samples(job.source, options, start=job.start, end=job.end) as (samples, consumed):
+        done = consumed()
         for sample in samples:
             yield sample
-            here = opened.consumed()
+            here = consumed()
             tick(here - done)
             done = here
 
@@ -120,6 +112,8 @@ class _Shard:
 
     def _add_caption(self, caption: Caption, image: dict[str, Any]) -> Rejected | None:
         tokenizer, limit = self._tokenizer, self._options.max_sequence
+        if self._options.turns == "all":
+            return self._add_turns(caption, image)
         ids = [*tokenizer.encode(caption.text), tokenizer.eos_id]
         if self._options.documents:
             self._add_document(caption.key, ids)
@@ -136,12 +130,41 @@ class _Shard:
         self._writer.add(caption.key, ids[:limit], word_class=classes, truncated=cut, **image)
         return None
 
+    def _add_turns(self, caption: Caption, image: dict[str, Any]) -> Rejected | None:
+        limit = self._options.max_sequence
+        ids, spans = conversation_tokens(self._tokenizer, caption.turns or (Turn(text=caption.text, loss=True),))
+        cut = len(ids) > limit
+        spans = [(start, min(end, limit)) for start, end in spans if start < limit]
+        if not spans:
+            return Rejected(
+                key=caption.key, reason=f"no answer within --max-sequence: {len(ids):,} tokens, {limit:,} fit"
+            )
+        self._writer.add(caption.key, ids[:limit], loss_spans=spans, truncated=cut, **image)
+        return None
+
     def _add_document(self, key: str, ids: list[int]) -> None:
         limit = self._options.max_sequence
         windows = [ids[start : start + limit] for start in range(0, len(ids), limit)]
         for number, window in enumerate(windows):
             name = key if len(windows) == 1 else f"{key} part {number}"
             self._writer.add(name, window, end_document=number == len(windows) - 1)
+
+
+def conversation_tokens(tokenizer: Tokenizer, turns: Sequence[Turn]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a conversation, and the spans of its answers, each with an EOS of its own: where to stop is learnt too.
+
+    Every turn is tokenized alone; a line end closes a prompt.
+    """
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for turn in turns:
+        start = len(ids)
+        ids += tokenizer.encode(turn.text) if turn.loss else tokenizer.encode(turn.text + "\n")
+        if turn.loss:
+            ids.append(tokenizer.eos_id)
+            spans.append((start, len(ids)))
+    # What follows the last answer has no loss and could only take room.
+    return ids[: spans[-1][1]], spans
 
 
 def token_classes(spans: Sequence[tuple[int, int]], words: Words) -> np.ndarray:

@@ -5,24 +5,24 @@ One sample is a run of neighbours whose names agree up to the first dot: 0000000
 
 from __future__ import annotations
 
-import gzip
 import io
 import posixpath
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from megaprior.data_tools.captions import record_captions
 from megaprior.data_tools.lines import decode
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.samples import Rejected, Sample, Unfit, parse_record, record_captions
+from megaprior.data_tools.samples import Rejected, Sample, Unfit, parse_record
+from megaprior.data_tools.streams import DAMAGE
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_MEMBER_BYTES = 256 << 20
 _BUFFER_BYTES = 128 * tarfile.BLOCKSIZE
 # ValueError: what tarfile raises for some headers that no tar program writes.
-_DAMAGE = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError)
+_DAMAGE = (*DAMAGE, tarfile.TarError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)

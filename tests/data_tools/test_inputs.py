@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megaprior.data_tools.inputs import find_sources, open_input, sampled_digest
+from megaprior.data_tools.inputs import find_sources, sampled_digest
+from megaprior.data_tools.streams import open_input
 from megaprior.errors import DataError, UsageError
 
 MakeTar = Callable[..., Path]
@@ -93,8 +94,10 @@ def test_the_sampled_digest_notices_size_and_ends(tmp_path: Path) -> None:
         ("a.txt", "dog\n".encode("utf-16"), "UTF-16 text"),
         ("a.txt.gz", gzip.compress(b""), "empty"),
         ("a.txt.gz", gzip.compress(b"dog" * 1000)[:8], "cannot be read"),
-        ("a.parquet", b"PAR1 ... image_url ... capsfusion ... PAR1", "--url_col image_url --caption_col capsfusion"),
-        ("a.parquet", b"PAR1 ... label ... PAR1", "which is not read here"),
+        ("a.parquet", b"<html><body>Sign in</body>", "not a parquet file, it looks like an HTML page"),
+        ("a.jsonl", b"PAR1 and more", "a parquet file, not jsonl; add --format parquet"),
+        ("a.arrow", b"PAR1 and more", "a parquet file, not arrow; add --format parquet"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd rubbish", "cannot be read"),
     ],
 )
 def test_foreign_files_are_refused_saying_what_they_are(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -129,6 +132,13 @@ def test_paths_that_cannot_be_meant(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no file to read"):
         find_sources([tmp_path / "empty"])
-    write(tmp_path / "urls" / "part-0.parquet", b"PAR1 url PAR1")
-    with pytest.raises(DataError, match=r"img2dataset --url_list part-0.parquet --input_format parquet"):
-        find_sources([tmp_path / "urls"])
+    with pytest.raises(UsageError, match="--split train: no input is a folder of splits"):
+        find_sources([path], split="train")
+
+
+@pytest.mark.parametrize(
+    ("data", "format"),
+    [(b"PAR1", "parquet"), (b"ARROW1\0\0", "arrow"), (b'\n [{"a": 1}]', "json"), (b'\xef\xbb\xbf{"a": 1}\n', "jsonl")],
+)
+def test_a_file_without_a_telling_suffix_is_known_by_its_first_bytes(tmp_path: Path, data: bytes, format: str) -> None:
+    assert find_sources([write(tmp_path / "part-0", data)])[0][0].format == format

@@ -28,7 +28,10 @@ def test_subsets_that_are_none(text: str) -> None:
         ("subset", (float("nan"), 1.0), "--subset"),
         ("max_sequence", 1, "--max-sequence"),
         ("captions", "some", "--captions"),
-        ("format", "parquet", "--format"),
+        ("turns", "some", "--turns"),
+        ("caption_column", ("a", "b", "a"), "--caption-column a b a: a column is named twice"),
+        ("format", "lmdb", "--format"),
+        ("parquet_shard_bytes", 0, "0 bytes"),
     ],
 )
 def test_options_that_make_no_sense_name_their_flag(field: str, value: object, flag: str) -> None:

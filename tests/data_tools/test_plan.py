@@ -73,7 +73,7 @@ def test_pairs_and_text_do_not_mix(captions: Path, make_tar: Callable[..., Path]
 def test_refusals_name_the_file(tmp_path: Path, captions: Path) -> None:
     with pytest.raises(UsageError, match=r"--images .*gone: no such folder"):
         plan(captions, images=tmp_path / "gone")
-    with pytest.raises(UsageError, match=r"--images .*in: no input is a jsonl or tsv"):
+    with pytest.raises(UsageError, match=r"--images .*in: no input is a table that names images"):
         plan(captions, images=captions.parent)
     path = tmp_path / "a.jsonl"
     path.write_text('{"alt": "dog"}\n')

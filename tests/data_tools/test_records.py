@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megaprior.data_tools import records
+from megaprior.data_tools import pictures, records
 from megaprior.data_tools.inputs import find_sources
 from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.records import check_columns, find_images, read_table, read_text
@@ -78,7 +78,10 @@ def test_a_subset_of_captions_alone_uses_the_images_at_hand(images: Path) -> Non
         ({"image": "a.jpg", "caption": None}, "column 'caption' of a wrong type: null"),
         ({"image": "a.jpg", "caption": "x\ud800"}, "lone surrogate: U+D800 at position 1"),
         ({"caption": "dog"}, "no image name: null"),
-        ({"image": ["a.jpg"], "caption": "dog"}, "no image name: a list"),
+        ({"image": ["a.jpg", "deep/b.jpg"], "caption": "dog"}, "more than one image: a list of 2"),
+        ({"image": [], "caption": "dog"}, "no image: a list of 0"),
+        ({"image": 7, "caption": "dog"}, "no image name: a number"),
+        ({"image": "x" * 5000, "caption": "dog"}, "no image: 'xxx"),
         ({"image": "", "caption": "dog"}, "no image name: an empty string"),
         ({"image": "gone.jpg", "caption": "dog"}, "no image: 'gone.jpg' is not in the image folder"),
         ({"image": "a.jpg/x.jpg", "caption": "dog"}, "no image: 'a.jpg/x.jpg' is not in the image folder"),
@@ -100,7 +103,7 @@ def test_a_broken_record_is_named_and_its_neighbours_survive(images: Path, row: 
 
 def test_pipes_and_huge_files_are_not_read(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(images / "pipe.jpg")
-    monkeypatch.setattr(records, "MAX_IMAGE_BYTES", 0)
+    monkeypatch.setattr(pictures, "MAX_IMAGE_BYTES", 0)
     found = read(jsonl({"image": "pipe.jpg", "caption": "d"}, {"image": "a.jpg", "caption": "d"}), images=images)
     assert [item.reason for item in found if isinstance(item, Rejected)] == [
         "no image: pipe.jpg is not a file",

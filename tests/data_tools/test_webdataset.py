@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megaprior.data_tools import webdataset
-from megaprior.data_tools.inputs import open_input
 from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.samples import Caption, Rejected, Sample
+from megaprior.data_tools.streams import open_input
 from megaprior.data_tools.webdataset import read_tar
 
 MakeTar = Callable[..., Path]
