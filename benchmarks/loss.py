@@ -12,7 +12,8 @@ tensors is refused: no time of it is printed, ours included (loss_check.py has t
 Cases come in order of importance. When the budget is spent the rest is dropped, and the report says which. Results are
 rewritten after every case: results/loss_DEVICE.json with raw samples, .md with tables, .png with the figure.
 
-A run that was cut short leaves what it had; --report draws its figure. An arm that hangs can be left out with --skip.
+A run that was cut short leaves what it had; --report draws its figure. On a GPU every kernel that
+might fault or hang is first tried in a process of its own (loss_trial.py), and left out if it does.
 
 How the problems look: loss_cases.py. How each arm is called: loss_arms.py. How time is taken: loss_timing.py.
 """
@@ -40,6 +41,7 @@ from benchmarks.loss_figure import figure
 from benchmarks.loss_report import markdown
 from benchmarks.loss_run import GIB, release, run_case, say
 from benchmarks.loss_timing import Clock, ceilings
+from benchmarks.loss_trial import GROUPS, trials
 from benchmarks.side_by_side import RESULTS, processor
 
 GRACE_S = 40.0  # after the budget, a case that has begun still tries its arms for so long
@@ -50,8 +52,11 @@ def run(options: argparse.Namespace, arms: Callable[[Case], list[Arm]] = arms_of
     """Measure every case that the budget allows; writes results after each and returns them."""
     started = time.monotonic()
     device = torch.device(options.device)
-    clock = Clock(device)
     result = _header(options, device)
+    if device.type == "cuda":
+        say(f"{result['machine']}: trying the kernels in processes of their own")
+        options.trials = trials(device, [group for group in GROUPS if not any(part in group for part in options.skip)])
+    clock = Clock(device)
     say(f"{result['machine']}: measuring the ceilings")
     result["ceilings"].append(ceilings(clock, quick=options.quick))
     cases = [case for case in plan(device, quick=options.quick) if options.case in case.name]
@@ -196,6 +201,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs; case i of the plan takes seed + i")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(argv)
+    options.trials = {}
     options.shown = _shown(list(sys.argv[1:] if argv is None else argv))
     return options
 

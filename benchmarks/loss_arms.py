@@ -58,7 +58,9 @@ class Arm:
 
 def arms_of(case: Case) -> list[Arm]:
     """The arms that offer a case's operation, ours first."""
-    return [arm for arm in (*_ours(), *_torch_arms(case), *_liger(case), *_cut(case), *_quack(case)) if arm.takes(case)]
+    return [
+        arm for arm in (*_ours(case), *_torch_arms(case), *_liger(case), *_cut(case), *_quack(case)) if arm.takes(case)
+    ]
 
 
 def unavailable(arm: Arm, case: Case, device: torch.device) -> str:
@@ -100,7 +102,10 @@ def _tiny(case: Case, device: torch.device) -> Problem:
     return Problem(case=case, targets=targets, hidden=small, weight=small.repeat(8, 1), token_weight=weight)
 
 
-def _ours() -> list[Arm]:
+def _ours(case: Case) -> list[Arm]:
+    known = "sum(g nll)/D, g known before the forward pass"
+    computes = {"fused": f"{known}; gradients made during it", "logprob": "float32 logits, in chunks"}
+
     def make(impl: str, options: Mapping[str, Any]) -> Callable[[Problem], Call]:
         def of(problem: Problem) -> Call:
             targets, g = problem.targets, problem.token_weight
@@ -117,7 +122,7 @@ def _ours() -> list[Arm]:
         return Arm(
             name=f"ours, {impl}{suffix}",
             make=make(impl, options),
-            computes="sum(g nll)/D, g known before the forward pass; gradients made during it",
+            computes=computes.get(case.operation, known),
             sums="fp32",
             ours=True,
             cuda_only=impl != "torch",

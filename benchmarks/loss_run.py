@@ -87,7 +87,7 @@ def _timed(
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
     cuda = clock.device.type == "cuda"
     rounds = (3, 3) if options.quick else (7, 30) if cuda else (5, 15)
-    seconds = 8.0 if cuda else 25.0
+    seconds = 8.0 if cuda else 15.0
     return take_turns(clock, steps, before=problem.restore, seconds=seconds, rounds=rounds, warm=2 if cuda else 1)
 
 
@@ -111,7 +111,8 @@ def _obstacle(arm: Arm, problem: Problem, clock: Clock, options: argparse.Namesp
     """Why the arm is not tried; empty when it is."""
     if any(part in arm.name for part in options.skip):
         return "left out by --skip"
-    why = unavailable(arm, problem.case, clock.device)
+    key = (arm.name, problem.case.operation, problem.case.weights)
+    why = unavailable(arm, problem.case, clock.device) or options.trials.get(key, "")
     need = arm.whole_bytes * problem.case.rows * problem.case.vocabulary
     free = clock.free_bytes()
     if not why and need > free:
@@ -146,7 +147,10 @@ def release(device: torch.device) -> None:
     """Give back what nobody holds any more."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # a device that has faulted: what was measured before must still be written
+            say(f"    the device: {first_line(error)}")
 
 
 def say(text: str) -> None:

@@ -17,6 +17,7 @@ from benchmarks.loss_cases import IGNORED, Case, Problem, make_problem, plan
 from benchmarks.loss_check import bounds, errors, reference_of, refusal
 from benchmarks.loss_report import markdown, measured
 from benchmarks.loss_run import step_of
+from benchmarks.loss_trial import trials, verdicts
 from megaprior.kernels import linear_weighted_cross_entropy
 
 CASE = Case(operation="fused", rows=64, hidden=32, vocabulary=160, dtype=torch.float32, weights="token")
@@ -161,6 +162,28 @@ def test_ignored_weights_are_refused_in_a_run_and_their_times_are_not_printed(tm
     assert "\n| careless" not in page.read_text()
     assert "refused: careless: " in page.read_text()
     assert "- not run: broken: RuntimeError: out of something\n" in page.read_text()
+
+
+def test_a_trial_in_another_process_passes_what_works_and_names_what_does_not_come_back() -> None:
+    assert trials(CPU, ["F.linear_cross_entropy"]) == {}
+    found = trials(CPU, ["plain"], limit_s=0.1)  # its imports are not done by then
+    assert found["plain", "fused", "uniform"] == "its trial did not come back within 0.1 s"
+    assert {operation for _, operation, _ in found} == {"fused", "forward", "logits", "logprob"}
+
+
+def test_a_trial_names_the_arm_that_stopped_it() -> None:
+    keys = [(name, "fused", "uniform") for name in "abcd"]
+    lines = [
+        json.dumps({"arm": keys[0], "why": ""}),
+        "{noise}",
+        json.dumps({"arm": keys[1], "why": "RuntimeError: no"}),
+    ]
+    found = {key[0]: why for key, why in verdicts(keys, lines, "ended with exit status -11").items()}
+    assert found == {
+        "b": "in a trial: RuntimeError: no",
+        "c": "its trial ended with exit status -11",
+        "d": "not tried: before it, the trial of c ended with exit status -11",
+    }
 
 
 def test_problems_have_the_share_of_loss_rows_that_they_name() -> None:
