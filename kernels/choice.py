@@ -49,19 +49,33 @@ def implementation(impl: str, device: torch.device, dtype: torch.dtype) -> Imple
         ValueError: an unknown name.
         RuntimeError: a named implementation cannot run there, and why. "auto" never raises.
     """
-    override = os.environ.get(OVERRIDE, "auto") if impl == "auto" else "auto"
-    if override != "auto" and override not in FASTEST_FIRST:
-        raise ValueError(f"{OVERRIDE} must be one of {('auto', *FASTEST_FIRST)}, not {override!r}")
-    impl = impl if override == "auto" else override
     if impl == "auto":
-        names = FASTEST_FIRST if device.type != "cpu" else ("torch",)  # an interpreter is there to be right, not fast
-        return _load(next(n for n in names if unavailable(n, device, dtype) is None and _agrees(n, device, dtype)))
+        return _load(chosen(device, dtype))
     if impl not in FASTEST_FIRST:
         raise ValueError(f"impl must be one of {('auto', *FASTEST_FIRST)}, not {impl!r}")
+    return _load(_able(impl, device, dtype))
+
+
+def chosen(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The name that "auto" stands for there: the fastest that runs and agrees, or what MEGAPRIOR_LOSS_IMPL says.
+
+    Raises:
+        ValueError, RuntimeError: MEGAPRIOR_LOSS_IMPL names none, or one that cannot run there.
+    """
+    override = os.environ.get(OVERRIDE, "auto")
+    if override not in ("auto", *FASTEST_FIRST):
+        raise ValueError(f"{OVERRIDE} must be one of {('auto', *FASTEST_FIRST)}, not {override!r}")
+    if override != "auto":
+        return _able(override, device, dtype)
+    names = FASTEST_FIRST if device.type != "cpu" else ("torch",)  # an interpreter is there to be right, not fast
+    return next(n for n in names if unavailable(n, device, dtype) is None and _agrees(n, device, dtype))
+
+
+def _able(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     reason = unavailable(impl, device, dtype)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run here: {reason}; use 'auto' or 'torch'")
-    return _load(impl)
+    return impl
 
 
 def unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -48,11 +48,9 @@ def compilers() -> dict[str, str]:
     """Whose numbers these are: another release may allot registers otherwise."""
     import triton
 
-    from .cuda.build import find_nvcc
+    from . import cuda_rows
 
-    version = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release ([\d.]+)", version)
-    return {"triton": triton.__version__, "nvcc": release[1] if release else version.strip()}
+    return {"triton": triton.__version__, "nvcc": cuda_rows.nvcc_release()}
 
 
 def _forms() -> Iterator[tuple[str, tuple[Any, dict[str, str], dict[str, Any], int]]]:

@@ -27,6 +27,7 @@ import torch
 from megaprior import __version__
 from megaprior.data.shards import ShardSet
 from megaprior.errors import DataError, MegapriorError
+from megaprior.kernels.choice import chosen
 from megaprior.score.ledger import Ledger, Unit, plan_units
 from megaprior.tokenizer import Tokenizer
 
@@ -167,6 +168,7 @@ def hardware_record(threads: int, local_rank: int = 0) -> dict[str, Any]:
         "megaprior": __version__,
         "torch": str(torch.__version__),
         "transformers": version("transformers"),
+        "loss_kernels": chosen(_device(local_rank)),
     }
 
 

@@ -17,6 +17,7 @@ import torch
 from megaprior.data.manifest import tokenizer_entry
 from megaprior.distributed import digest
 from megaprior.files import atomic_write, digest_json
+from megaprior.kernels.choice import chosen
 from megaprior.train.settings import RunConfig, trajectory
 
 if TYPE_CHECKING:
@@ -29,7 +30,13 @@ def versions() -> dict[str, str]:
     """What computed: equal on all ranks of a run, or it stops at the start."""
     import transformers
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "loss_kernels": chosen(device),
+    }
 
 
 def versions_digest() -> float:
