@@ -220,6 +220,83 @@ def test_real_photographs_are_read_as_pillow_reads_them(shared: Callable[[str], 
                 check_image(data[:kept])
 
 
+# ---------------------------------------------------------------- reduced decoding
+
+
+def photograph(shared: Callable[[str], Path], columns: int, rows: int) -> Image.Image:
+    """Real photographs side by side: their edges are as sharp as those of one large photograph."""
+    paths = sorted(shared("coco_cc_by").glob("images/*.jpg"))
+    picture = Image.new("RGB", (columns * 180, rows * 160))
+    for number in range(columns * rows):
+        with Image.open(paths[number % len(paths)]) as tile:
+            picture.paste(tile.convert("RGB").crop((0, 0, 180, 160)), (number % columns * 180, number // columns * 160))
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("thumbnail", "scale"),
+    [((60, 40), 8), ((61, 40), 4), ((120, 80), 4), ((180, 120), 2), ((240, 160), 2), ((241, 160), 1), ((1440, 960), 1)],
+)
+def test_a_thumbnail_is_decoded_from_fewer_frequencies(
+    shared: Callable[[str], Path], thumbnail: tuple[int, int], scale: int
+) -> None:
+    data = encoded(photograph(shared, 8, 6), "JPEG", quality=90)
+    full, reduced = decode_rgb(data), decode_rgb(data, thumbnail=thumbnail)
+    assert (full.size, reduced.size) == ((1440, 960), (1440 // scale, 960 // scale))
+    assert np.array_equal(np.asarray(decode_rgb(data, thumbnail=thumbnail)), np.asarray(reduced))
+    one, two = (np.asarray(picture.resize(thumbnail, Image.Resampling.BICUBIC), int) for picture in (full, reduced))
+    difference = np.abs(one - two)
+    # Worst of 36 (photographs, subsampling, quality, progressive or not, scale): mean 0.736, 99.9% within 4, all within 8.
+    assert difference.mean() < 0.8
+    assert np.quantile(difference, 0.999) <= 4
+    assert difference.max() <= 10
+    assert (difference.max() > 0) == (scale > 1)
+
+
+def test_a_thumbnail_is_of_the_turned_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (1600, 400)), "JPEG", exif=exif)
+    assert decode_rgb(data, thumbnail=(33, 130)).size == (100, 400)  # 400 x 1600 upright, a quarter of it
+    assert decode_rgb(data, thumbnail=(130, 33)).size == (400, 1600)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WebP", "GIF", "BMP"])
+def test_only_jpeg_has_thumbnails(format: str) -> None:
+    data = encoded(Image.fromarray(np.tile(NOISE, (8, 8, 1))), format)
+    assert np.array_equal(np.asarray(decode_rgb(data, thumbnail=(2, 2))), np.asarray(decode_rgb(data)))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_a_thumbnail_is_rgb_whatever_the_mode(mode: str) -> None:
+    colour = {"L": 77, "CMYK": (0, 255, 255, 0), "RGB": (10, 200, 30)}[mode]
+    data = encoded(Image.new(mode, (640, 640), colour), "JPEG")
+    small = decode_rgb(data, thumbnail=(20, 20))
+    assert (small.mode, small.size) == ("RGB", (80, 80))
+    assert np.asarray(small)[40, 40].tolist() == np.asarray(decode_rgb(data))[320, 320].tolist()
+
+
+def test_checking_refuses_what_decoding_refuses(shared: Callable[[str], Path]) -> None:
+    rng = np.random.default_rng(3)
+    verdicts = set()
+    for progressive in (False, True):
+        data = encoded(photograph(shared, 2, 2), "JPEG", progressive=progressive)
+        assert check_image(data) == (360, 320)
+        for _ in range(100):
+            spoilt = np.frombuffer(data, np.uint8).copy()
+            spoilt[rng.integers(2, len(spoilt), 4)] = rng.integers(0, 256, 4)
+            raw = spoilt[: len(spoilt) if rng.random() < 0.5 else rng.integers(2, len(spoilt))].tobytes()
+            found: list[object] = []
+            for use in (check_image, lambda raw: decode_rgb(raw).size):
+                try:
+                    found.append(use(raw))
+                except ImageError as error:
+                    found.append(error.reason)
+            assert found[0] == found[1]
+            verdicts.add(found[0])
+    assert {(360, 320), "truncated"} <= verdicts
+
+
 # ---------------------------------------------------------------- what is refused
 
 PHOTO = encoded(Image.fromarray(np.tile(NOISE, (8, 8, 1))), "JPEG")
