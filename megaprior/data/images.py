@@ -88,8 +88,8 @@ def decode_rgb(data: bytes, *, thumbnail: tuple[int, int] | None = None) -> Imag
     `thumbnail` (width, height) is for whoever scales the picture down to that size and needs no exact pixels: a JPEG that is
     much larger comes 2, 4 or 8 times smaller, from fewer of its frequencies, and never under REDUCED_MARGIN thumbnails a
     side. Scaled to it bicubically it differs from the full picture by at most 0.8 levels of 255 on average and by at most 4
-    in 99.9% of the values (the worst of 36 measured on photographs); it is the same on every call. Training never asks for it: what it sees is,
-    bit for bit, what an exported model's processor sees.
+    in 99.9% of the values (the worst of 36 measured on photographs); it is the same on every call. Training never asks for
+    it: what it sees is, bit for bit, what an exported model's processor sees.
 
     Raises:
         ImageError: refused, with a reason.
