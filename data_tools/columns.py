@@ -34,7 +34,7 @@ class OpenRows:
     _seen: list[int] = field(default_factory=lambda: [0])
 
     def consumed(self) -> int:
-        """Bytes of the file on disk read so far, by the share of rows."""
+        """Bytes on disk read so far of what was opened, by the share of rows."""
         return self._bytes * self._seen[0] // max(1, self._rows)
 
 
@@ -45,11 +45,7 @@ def row_group_ranges(path: Path, *, limit: int) -> list[tuple[int, int, int]]:
         Unfit: the file's footer cannot be read.
     """
     with _parquet(path) as file:
-        metadata = file.metadata
-        sizes = [
-            sum(group.column(column).total_compressed_size for column in range(group.num_columns))
-            for group in map(metadata.row_group, range(metadata.num_row_groups))
-        ]
+        sizes = _group_bytes(file.metadata)
     ranges: list[tuple[int, int, int]] = []
     for number, size in enumerate(sizes):
         if ranges and ranges[-1][2] + size <= limit:
@@ -80,7 +76,15 @@ def open_rows(path: Path, format: str, *, wanted: Wanted, start: int = 0, end: i
         columns = list(wanted(file.schema_arrow.names))
         seen = [0]
         records = _parquet_records(file, columns, counts, start, seen)
-        yield OpenRows(records, path.stat().st_size, sum(counts[start:]), seen)
+        yield OpenRows(records, sum(_group_bytes(metadata)[start:last]), sum(counts[start:]), seen)
+
+
+def _group_bytes(metadata: Any) -> list[int]:
+    """Bytes on disk of each row group."""
+    return [
+        sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+    ]
 
 
 def _parquet_records(

@@ -29,7 +29,7 @@ Samples = Iterator[Sample | Rejected]
 def open_samples(
     source: Source, options: BuildOptions, *, start: int = 0, end: int | None = None
 ) -> Iterator[tuple[Samples, Callable[[], int]]]:
-    """The samples of a source in order, and a function that tells how many bytes of the file have been read.
+    """The samples of a source in order, and a function that tells how many bytes of them have been read from disk.
 
     `start` and `end` count bytes of plain text and row groups of parquet; other formats are read whole.
     """
@@ -44,7 +44,7 @@ def open_samples(
             samples = read_text(opened.stream, options, start=start, end=end)
         else:
             samples = read_table(opened.stream, source.format, options)
-        yield samples, opened.consumed
+        yield samples, lambda: opened.consumed() - (start if source.format == "text" else 0)
 
 
 def read_table(stream: IO[bytes], format: str, options: BuildOptions) -> Samples:
@@ -138,7 +138,9 @@ def check_columns(source: Source, options: BuildOptions) -> None:
 
 
 def _names(record: Record) -> str:
-    return ", ".join(map(repr, record)) or "none"
+    # A table whose header was not recognised has numbers for names: its first cells say more.
+    shown = [f"{name!r} = {str(value)[:30]!r}" if name.isdigit() else repr(name) for name, value in record.items()]
+    return ", ".join(shown) or "none"
 
 
 def _wanted(options: BuildOptions) -> Callable[[Sequence[str]], Sequence[str]]:

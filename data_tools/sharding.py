@@ -38,7 +38,7 @@ def read_job(
     """Every sample of a job's source, in order; `tick` is told the bytes read on the way."""
     options = replace(options, images=job.images)
     with open_samples(job.source, options, start=job.start, end=job.end) as (samples, consumed):
-        done = consumed()
+        done = 0
         for sample in samples:
             yield sample
             here = consumed()

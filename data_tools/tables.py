@@ -71,7 +71,7 @@ def _object(value: Any) -> Record:
 
 def _header(cells: list[str], options: BuildOptions) -> tuple[list[str], bool]:
     """Column names of a table, and whether its first line is a record already (columns are then called "0", "1", ...)."""
-    names = set(options.caption_columns) or {"caption", "captions"}
+    names = {*(options.caption_columns or ("caption", "captions")), options.image_column}
     if names & set(cells):
         return cells, False
     return [str(number) for number in range(len(cells))], True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,10 @@ from megaprior.data_tools import cli
 from megaprior.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 Members = list[tuple[str, bytes]]
+
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:
+    sys.path.insert(0, HERE)  # so that tests find format_writers by name
 
 
 @pytest.fixture(scope="session")
