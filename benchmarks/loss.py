@@ -15,6 +15,8 @@ rewritten after every case: results/loss_DEVICE.json with raw samples, .md with 
 A run that was cut short leaves what it had; --report draws its figure. On a GPU every kernel that
 might fault or hang is first tried in a process of its own (loss_trial.py), and left out if it does.
 
+Needs torch, and matplotlib for the figure; nothing else of what megaprior's training needs.
+
 How the problems look: loss_cases.py. How each arm is called: loss_arms.py. How time is taken: loss_timing.py.
 """
 
@@ -40,10 +42,10 @@ from benchmarks.loss_cases import TITLES, Case, plan
 from benchmarks.loss_figure import figure
 from benchmarks.loss_report import markdown
 from benchmarks.loss_run import GIB, release, run_case, say
-from benchmarks.loss_timing import Clock, ceilings
+from benchmarks.loss_timing import Clock, ceilings, processor
 from benchmarks.loss_trial import GROUPS, trials
-from benchmarks.side_by_side import RESULTS, processor
 
+RESULTS = Path(__file__).parent / "results"
 GRACE_S = 40.0  # after the budget, a case that has begun still tries its arms for so long
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
 

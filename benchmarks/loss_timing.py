@@ -173,6 +173,12 @@ def _rotated(names: list[str], number: int) -> list[str]:
     return names[start:] + names[:start]
 
 
+def processor() -> str:
+    """The CPU's name, as Linux gives it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
 def _status_bytes(field: str) -> int:
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

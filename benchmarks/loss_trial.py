@@ -14,13 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from benchmarks.loss_arms import Arm, arms_of, first_line, unavailable
 from benchmarks.loss_cases import Case, make_problem
 from benchmarks.loss_run import step_of
-from benchmarks.side_by_side import RESULTS
 
 GROUPS = ("ours, triton", "ours, cuda", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 LIMIT_S = 120.0
@@ -30,7 +30,7 @@ Key = tuple[str, str, str]  # arm, operation, weights
 def trials(device: torch.device, groups: Sequence[str] = GROUPS, limit_s: float = LIMIT_S) -> dict[Key, str]:
     """Why an arm must not be tried in this process, for every one that must not; groups run side by side."""
     command = [sys.executable, "-m", "benchmarks.loss_trial", device.type]
-    root = RESULTS.parents[1]
+    root = Path(__file__).resolve().parents[1]
     children = [
         subprocess.Popen([*command, group], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root)
         for group in groups

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from megaprior.kernels import linear_weighted_cross_entropy
 
 CASE = Case(operation="fused", rows=64, hidden=32, vocabulary=160, dtype=torch.float32, weights="token")
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 Gradients = tuple[torch.Tensor, ...]
 
 
@@ -69,6 +72,24 @@ def test_the_table_follows_from_the_raw_samples(quick: tuple[dict, Path]) -> Non
     assert "| 210 (205-215) |" in ours
     assert f"| {rate:.3g} | {rate / 4:.0%} |" in ours
     assert f"{statistics.median([2.0, 3.0, 4.0]):.2f}x (2.50-3.50)" in plain
+
+
+def test_targets_are_judged_by_the_samples_of_their_own_shape(quick: tuple[dict, Path]) -> None:
+    result = json.loads(json.dumps(quick[0])) | {"device": "cuda", "quick": False}
+    result["ceilings"] = [{"copy": {"bytes": 4e9, "ms": [1.0]}, "gemm": {"operations": 8e11, "ms": [1.0], "what": "x"}}]
+    case = result["cases"][0]
+    case.update(rows=8192, loss_rows=8192, hidden=4096, vocabulary=128_256, gradient_bytes=0)
+    case["operations"] = 6 * 8192 * 4096 * 128_256  # 32.3 ms at 800 TFLOP/s
+    for arm in case["arms"]:
+        arm["ms"] = [35.0 if arm["ours"] else 70.0] * 3 if arm["ms"] else []
+        arm["peak_extra_bytes"] = 1 << 30
+    text = markdown({**result, "cases": [case]})
+    assert "**met**: ours, torch: 92.3%, 1,024 of 3,028 MiB, " in text
+    assert text.count("| not measured |") == 4
+    for arm in case["arms"]:
+        arm["ms"] = [37.0] * len(arm["ms"])
+    assert "not met: ours, torch: 87.3%" in markdown({**result, "cases": [case]})
+    assert "## Targets" not in markdown(quick[0])
 
 
 def test_arms_that_cannot_run_are_listed_with_the_reason(quick: tuple[dict, Path]) -> None:
@@ -184,6 +205,13 @@ def test_a_trial_names_the_arm_that_stopped_it() -> None:
         "c": "its trial ended with exit status -11",
         "d": "not tried: before it, the trial of c ended with exit status -11",
     }
+
+
+def test_it_needs_little_more_than_torch() -> None:
+    heavy = {"transformers", "deepspeed", "pydantic", "matplotlib", "megaprior.train"}
+    script = f"import sys, benchmarks.loss; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 def test_problems_have_the_share_of_loss_rows_that_they_name() -> None:
