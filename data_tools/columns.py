@@ -94,9 +94,9 @@ def _parquet_records(
         first, done = sum(counts[:number]), 0
         try:
             for batch in file.iter_batches(_ROWS, row_groups=[number], columns=columns, use_threads=False):
+                seen[0] += batch.num_rows
                 yield from _rows(batch, first + done)
                 done += batch.num_rows
-                seen[0] += batch.num_rows
         except _arrow_errors() as error:  # the next row group does not depend on this one
             yield _lost(
                 error, f"rows {first + done} to {first + counts[number] - 1}", f"of row group {number} are lost"
@@ -112,11 +112,10 @@ def _arrow_rows(path: Path, reader: Any, wanted: Wanted) -> OpenRows:
         columns = list(wanted(reader.schema.names))
         try:
             for batch in reader.batches():
-                batch = batch.select(columns)
+                batch, seen[0] = batch.select(columns), reader.tell()
                 for begin in range(0, batch.num_rows, _ROWS):
                     yield from _rows(batch.slice(begin, _ROWS), first + begin)
                 first += batch.num_rows
-                seen[0] = reader.tell()
         except _arrow_errors() as error:
             yield _lost(error, f"rows from {first}", "are lost")
             return

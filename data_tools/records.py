@@ -75,10 +75,13 @@ def read_text(stream: IO[bytes], options: BuildOptions, *, start: int, end: int 
     yield from _documents(lines, start) if options.documents else _captions(lines, start)
 
 
-def peek_record(source: Source, options: BuildOptions) -> Record | None:
-    """The first record of a source that is one, all columns; None when the first 100 hold none."""
+def peek_record(source: Source, options: BuildOptions) -> Record | Rejected | None:
+    """The first record of a source that is one, all columns; where the first 100 hold none, why the first is none."""
     with _open_records(source, options) as records:
-        return next((record for _, record in islice(records, 100) if isinstance(record, dict)), None)
+        found = [record for _, record in islice(records, 1)]
+        if found and isinstance(found[0], Rejected):
+            found.append(next((record for _, record in islice(records, 99) if isinstance(record, dict)), found[0]))
+    return found[-1] if found else None
 
 
 @contextmanager
@@ -99,7 +102,10 @@ def find_images(source: Source, options: BuildOptions) -> Path | None:
     Raises:
         Unfit: there is none, or the first record names no image; the reason tells the remedy.
     """
-    record = peek_record(source, options) or {}
+    record = peek_record(source, options)
+    if isinstance(record, Rejected):
+        raise Unfit(f"none of its first records can be read ({record.key}: {record.reason})")
+    record = record or {}
     column = image_column(record, options)
     value = record.get(column)
     if is_link(value) or (value is None and any(map(is_link, record.values()))):
@@ -129,7 +135,7 @@ def check_columns(source: Source, options: BuildOptions) -> None:
         Unfit: a column is missing; the reason tells the columns there are.
     """
     record = peek_record(source, options)
-    if record is None:
+    if not isinstance(record, dict):
         return
     missing = [column for column in caption_columns(record, options) if column not in record]
     if missing:
