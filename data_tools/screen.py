@@ -30,7 +30,7 @@ def print_preview(preview: Preview) -> None:
     plan, console = preview.plan, _console()
     table = Table("shard", "input", "format", "MB", title=f"build {plan.build_id} ({plan.kind}, {preview.state})")
     for job in plan.jobs:
-        table.add_row(job.prefix, _printable(job.source.name), job.source.format, f"{job.bytes / 1e6:,.1f}")
+        table.add_row(job.prefix, printable(job.source.name), job.source.format, f"{job.bytes / 1e6:,.1f}")
     console.print(table)
     for item in preview.first:
         if isinstance(item, Rejected):
@@ -156,7 +156,7 @@ def token_text(token: int, tokenizer: Tokenizer) -> str:
     if not raw:
         return "<eos>" if token == tokenizer.eos_id else f"<{token}>"
     try:
-        return _printable(raw.decode())
+        return printable(raw.decode())
     except UnicodeDecodeError:
         return f"<{raw.hex(' ')}>"
 
@@ -190,13 +190,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` without what a terminal would obey: a caption may hold escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(_printable(text), style), soft_wrap=True)
+    console.print(Text(printable(text), style), soft_wrap=True)
 
 
 class _Console(Console):
