@@ -62,6 +62,7 @@ def cuda_extensions():
 TEST = [
     "pytest>=8.0",
     "hypothesis>=6.100",
+    "openmpi>=5.0; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'",  # mpirun, for real ranks
     "triton>=3.4; platform_system == 'Linux'",  # torch's CUDA builds bring it; its interpreter and compiler need no GPU
 ]
 

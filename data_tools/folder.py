@@ -140,6 +140,11 @@ def sweep(output: Path, prefixes: Iterable[str] | None = None) -> None:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def leftovers(output: Path) -> bool:
+    """Whether a builder was killed after build.json was written, before it had tidied up."""
+    return (output / WORKING).exists() or (output / _LOCK).exists()
+
+
 def finish(output: Path) -> None:
     """Drop the working folder: build.json has been written."""
     shutil.rmtree(output / WORKING, ignore_errors=True)

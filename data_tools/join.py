@@ -34,6 +34,9 @@ def join(output: Path) -> dict[str, Any]:
         raise DataError(f"{output}: no such folder; build its parts first, with --part I/N")
     if (output / mf.BUILD_NAME).exists():
         say(f"{output}: complete already; nothing to do")
+        if folder.leftovers(output):
+            with folder.whole(output):
+                folder.finish(output)
         return mf.read_build(output)
     folder.read_begun(output)  # a foreign folder is refused before even a lock is put there
     with folder.whole(output):

@@ -206,12 +206,15 @@ class World:
         except SystemExit:
             raise
         except BaseException as error:
-            if isinstance(error, MegapriorError | OSError | KeyboardInterrupt):
-                said = str(error) or "interrupted; repeat the command to go on"
-                print(f"megaprior-data: error: rank {self.rank} of {self.size}: {said}", file=sys.stderr, flush=True)
-            else:
-                traceback.print_exc()
-            self._comm.Abort(getattr(error, "exit_code", 1))
+            code, said = getattr(error, "exit_code", 1), str(error)
+            if isinstance(error, OSError):
+                code, said = DataError.exit_code, f"{error.filename or 'input or output'}: {error.strerror}"
+            elif isinstance(error, KeyboardInterrupt):
+                code, said = 130, "interrupted; repeat the command to go on"
+            elif not isinstance(error, MegapriorError):
+                said = traceback.format_exc()
+            print(f"megaprior-data: error: rank {self.rank} of {self.size}: {said}", file=sys.stderr, flush=True)
+            self._comm.Abort(code)
 
     def reporting(self, tick: Callable[[int], None]) -> Callable[[int], None]:
         """A `tick` that tells rank 0, which also hears the others as it works."""
