@@ -41,7 +41,8 @@ def folder_files(folder: Path, *, format: str, split: str | None) -> tuple[list[
         found = [path for path in inside if path.name.lower().endswith(SUFFIXES[kind])]
         if found:
             chosen = _of_split(folder, found, split) if kind in ("parquet", "arrow") else found
-            return [(path, kind) for path in chosen], [path for path in inside if path not in chosen]
+            read = set(chosen)
+            return [(path, kind) for path in chosen], [path for path in inside if path not in read]
     known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
     raise UsageError(f"--input {folder}: no file to read directly inside it ({known})")
 
