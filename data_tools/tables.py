@@ -54,10 +54,10 @@ def _lines(stream: IO[bytes], format: str, options: BuildOptions) -> Records:
                 yield key, dict(zip(header, line.text.split("\t"), strict=True))
         else:
             try:
-                yield (
-                    key,
-                    _object(parse_json(line.text)) if format == "jsonl" else _row(line.text.split("\t"), header or []),
-                )
+                if format == "jsonl":
+                    yield key, _object(parse_json(line.text))
+                else:
+                    yield key, _row(line.text.split("\t"), header or [], hint=True)
             except Unfit as unfit:
                 yield _rejected(key, unfit.reason)
 
@@ -77,9 +77,12 @@ def _header(cells: list[str], options: BuildOptions) -> tuple[list[str], bool]:
     return [str(number) for number in range(len(cells))], True
 
 
-def _row(cells: list[str], header: list[str]) -> Record:
+def _row(cells: list[str], header: list[str], *, hint: bool = False) -> Record:
     if len(cells) != len(header):
-        raise Unfit(f"wrong number of columns: {len(cells)}, the first line has {len(header)}")
+        quoted = (
+            " (cells in quotes may hold tabs and line ends: --format csv)" if hint and '"' in "".join(cells) else ""
+        )
+        raise Unfit(f"wrong number of columns: {len(cells)}, the first line has {len(header)}{quoted}")
     return dict(zip(header, cells, strict=True))
 
 
@@ -91,11 +94,21 @@ class _CountedLines:
 
     def __init__(self, stream: IO[bytes], limit: int) -> None:
         self._stream, self._limit, self.number = stream, limit, 0
+        self._first: str | None = None
+
+    def delimiter(self) -> str:
+        """Comma, tab or semicolon: what the first line has most of. It names the columns, so it holds little else."""
+        self._first = next(self, "")
+        self.number = 0
+        return max((",", "\t", ";"), key=self._first.count)
 
     def __iter__(self) -> _CountedLines:
         return self
 
     def __next__(self) -> str:
+        if self._first:
+            line, self._first, self.number = self._first, None, 1
+            return line
         raw = self._stream.readline(self._limit)
         if not raw:
             raise StopIteration
@@ -110,8 +123,12 @@ def _csv(stream: IO[bytes], options: BuildOptions) -> Records:
     limit = 16 << 20
     csv.field_size_limit(limit)
     lines = _CountedLines(stream, limit)
-    # strict: a quote that is never closed would swallow the records behind it and pass them off as one caption.
-    rows = csv.reader(lines, strict=True)
+    try:
+        # strict: a quote that is never closed would swallow the records behind it and pass them off as one caption.
+        rows = csv.reader(lines, delimiter=lines.delimiter(), strict=True)
+    except DAMAGE as error:
+        yield _rejected("line 1", f"damaged file: the rest is lost ({error})")
+        return
     header: list[str] | None = None
     while True:
         first = lines.number + 1

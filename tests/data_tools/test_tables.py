@@ -147,6 +147,27 @@ def test_csv_without_a_known_header_has_numbered_columns() -> None:
     ]
 
 
+@pytest.mark.parametrize("delimiter", ["\t", ";"])
+def test_quoted_tables_with_another_delimiter(delimiter: str) -> None:
+    """What pandas writes with sep="\\t", and spreadsheets where the comma is the decimal point."""
+    data = f'image{delimiter}caption\na.jpg{delimiter}"one, {delimiter}\ntwo"\nb.jpg{delimiter}three, four\n'.encode()
+    assert [record for _, record in read(data, "csv")] == [
+        {"image": "a.jpg", "caption": f"one, {delimiter}\ntwo"},
+        {"image": "b.jpg", "caption": "three, four"},
+    ]
+
+
+def test_a_tsv_that_is_quoted_is_told_the_remedy() -> None:
+    found = read(b'image\tcaption\na.jpg\t"one\ntwo"\nb.jpg\t"fine" dog\nc.jpg\n', "tsv")
+    remedy = " (cells in quotes may hold tabs and line ends: --format csv)"
+    assert [record for _, record in found] == [
+        {"image": "a.jpg", "caption": '"one'},
+        "wrong number of columns: 1, the first line has 2" + remedy,
+        {"image": "b.jpg", "caption": '"fine" dog'},
+        "wrong number of columns: 1, the first line has 2",
+    ]
+
+
 # ---------------------------------------------------------------- packed files
 
 
