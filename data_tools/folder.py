@@ -210,7 +210,7 @@ def _holder(path: Path) -> str | None:
         with open(path, encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 return file.read().strip() or "another process"
     except FileNotFoundError:
         pass

@@ -261,7 +261,7 @@ def owner_lock(folder: Path | str, name: str = ".lock") -> Iterator[None]:
     """Hold `folder` exclusively; a lock whose process is gone from this host is taken over.
 
     Raises:
-        DataError: another live process (named by host and pid) holds it.
+        DataError: another live process (named by host and pid) holds it, or the file system has no locks.
     """
     import fcntl
 
@@ -274,7 +274,12 @@ def owner_lock(folder: Path | str, name: str = ".lock") -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A file that was unlinked between open and flock belongs to an owner who has just left.
             held = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise DataError(
+                    f"{path}: cannot be locked ({error.strerror}); mount that file system with locks (Lustre: -o flock) or "
+                    "choose a folder on another"
+                ) from None
             held = False
         if not held:
             file.seek(0)

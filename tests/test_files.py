@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -134,3 +136,13 @@ def test_one_owner_wins_and_is_named_and_a_dead_one_is_replaced(tmp_path: Path) 
     with owner_lock(tmp_path):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_told_from_a_held_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DataError, match=r"\.lock: cannot be locked \(Function not implemented\); .* -o flock"):
+        with owner_lock(tmp_path):
+            pass
