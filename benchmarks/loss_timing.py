@@ -7,6 +7,7 @@ the arm itself makes the host wait. The device is waited for after every call, o
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +50,8 @@ class Clock:
     def peak_extra_bytes(self, call: Callable[[], object]) -> int | None:
         """Most memory in use during a call that has run before, less what was in use when it began. On a GPU that is
         what tensors take, on a CPU the process's resident pages (Linux; None elsewhere)."""
+        gc.collect()
         if self._flush is not None:
-            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -59,12 +60,13 @@ class Clock:
             del result
             return torch.cuda.max_memory_allocated() - before
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # else what an earlier call has freed counts as there before
             CLEAR.write_text("5", encoding="ascii")  # sets the high-water mark to what is resident now
             before = _status_bytes("VmRSS")
             result = call()
             del result
             return max(0, _status_bytes("VmHWM") - before)
-        except (OSError, StopIteration):
+        except (AttributeError, OSError, StopIteration):
             return None
 
     def settle(self) -> None:
