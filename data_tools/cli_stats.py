@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megaprior.data_tools.verb import Commands, add_verb
 from megaprior.errors import UsageError
@@ -53,7 +55,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     import json
 
-    from megaprior.data_tools.packing_plan import Plan, predict
     from megaprior.data_tools.stats import describe, parse_vision
     from megaprior.data_tools.stats_page import page
     from megaprior.data_tools.stats_screen import print_stats
@@ -63,16 +64,14 @@ def _run(options: argparse.Namespace) -> int:
     if output is not None and output.suffix not in (".html", ".json"):
         raise UsageError(f"--output {output}: ends in {output.suffix or 'nothing'}, expected .html or .json")
     vision = parse_vision(options.vision)
-    plan = None
-    if options.pack is not None:
-        plan = Plan(max_tokens=options.pack, batch_size=options.batch, ranks=options.ranks)
+    pack = _packer(options)
     told = []
     for folder in options.folders:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
         found = describe(folder, vision=vision)
-        if plan is not None:
-            found["packing"] = predict(folder, plan, [None, *(vision if found["images"] else ())])
+        if pack is not None:
+            found["packing"] = pack(folder, [None, *(vision if found["images"] else ())])
         told.append(found)
     text = json.dumps({"folders": told}, indent=1, ensure_ascii=False) + "\n"
     if output is not None:
@@ -82,3 +81,13 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print_stats(told)
     return 0
+
+
+def _packer(options: argparse.Namespace) -> Callable[[Path, Sequence[Any]], list[dict[str, Any]]] | None:
+    """What predicts rows under --pack; imported only then, being as heavy as training's loader."""
+    if options.pack is None:
+        return None
+    from megaprior.data_tools.packing_plan import Plan, predict
+
+    plan = Plan(max_tokens=options.pack, batch_size=options.batch, ranks=options.ranks)
+    return lambda folder, visions: predict(folder, plan, visions)

@@ -8,6 +8,7 @@ among those looked at is an unbiased estimate for all.
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ class Images:
     def __init__(self, images: int, *, read: int = READ) -> None:
         self._shift = _shift(images, read)
         self._parts: list[np.ndarray] = []  # key, shard, sample: uint64 [n, 3]
-        self._shards: list[Shard] = []
+        self._shards: list[tuple[Path, str]] = []
         self._shared = 0
 
     def add(self, shard: Shard) -> None:
@@ -62,19 +63,19 @@ class Images:
         chosen = _chosen(key, self._shift)
         place = np.full(int(chosen.sum()), len(self._shards), np.uint64)
         self._parts.append(np.stack([key[chosen], place, first[chosen].astype(np.uint64)], axis=1))
-        self._shards.append(shard)
+        self._shards.append((shard.folder, shard.prefix))
 
     def told(self) -> dict[str, Any]:
         """shared: samples that take an image stored for another one of their shard; and as `Captions.told` of stored images."""
         rows = np.concatenate([np.empty((0, 3), np.uint64), *self._parts])
         _, which, times = np.unique(rows[:, 0], return_inverse=True, return_counts=True)
         alike = rows[times[which] > 1] if len(rows) else rows
-        hashes = []
-        for _, place, sample in alike.tolist():
-            shard = self._shards[place]
-            hashes.append(xxhash.xxh3_64_intdigest(shard.streams["images"][sample]))
-        for place in {int(place) for place in alike[:, 1]}:
-            self._shards[place].close()
+        hashes: list[int] = []
+        for place in np.unique(alike[:, 1]).tolist():
+            shard = Shard.open(*self._shards[place])
+            images = shard.streams["images"]
+            hashes += [xxhash.xxh3_64_intdigest(images[i].data) for i in alike[alike[:, 1] == place, 2].tolist()]
+            shard.close()
         _, equal = np.unique(np.array(hashes, np.uint64), return_counts=True)
         alone = np.ones(len(rows) - len(alike), np.int64)
         return {"shared": self._shared, "read": len(alike), **_told(np.concatenate([equal, alone]), self._shift)}

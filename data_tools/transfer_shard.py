@@ -52,7 +52,7 @@ class Transfer:
                 "over the bytes of a token, so run that scorer on the target shards themselves"
             )
         self._folds = (self._from.folds_spaces, self._to.folds_spaces)
-        self._captions = Captions(self.source)
+        self.source_keys = SourceKeys(self.source)
         self.scorer = self._scorer()
 
     def _scorer(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Transfer:
 
     def _scores(self, shard: Shard) -> Iterator[np.ndarray | tuple[str, str]]:
         """For each caption of a target shard its scores, or why it has none: the reason and what to tell."""
-        near = self._captions.first_of(shard.prefix)
+        near = self.source_keys.first_of(shard.prefix)
         for local in range(len(shard)):
             ids = shard.streams["tokens"][local]
             wanted = self._to.spell(ids)
@@ -133,7 +133,7 @@ class Transfer:
                 yield "unspelled", _unspelled("the target", wanted, ids)
                 continue
             problem = "missing", "the source has no caption of this key"
-            for index in self._captions.of_key(shard.streams["keys"][local].tobytes(), near):
+            for index in self.source_keys.of_key(shard.streams["keys"][local].tobytes(), near):
                 found = self._one(index, wanted)
                 if isinstance(found, np.ndarray):
                     near = index + 1
@@ -160,7 +160,7 @@ class Transfer:
         return transferred(self.source.scores(index), given, wanted)
 
 
-class Captions:
+class SourceKeys:
     """The source's captions by key: first in order, where both folders come from the same inputs, else by an index of all keys.
 
     The index takes 16 bytes a caption, and is made when the order fails for the first time. Keys may repeat (line numbers of
@@ -173,6 +173,11 @@ class Captions:
         self._first = {shard.prefix: int(start) for shard, start in zip(shards.shards, starts, strict=False)}
         self._hashes: np.ndarray | None = None
         self._order = np.empty(0, np.int64)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the order failed and the index was made."""
+        return self._hashes is not None
 
     def first_of(self, prefix: str) -> int:
         """Where to begin for a target shard: with the source's shard of the same name, if there is one."""

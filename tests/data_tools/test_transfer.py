@@ -23,6 +23,7 @@ from megaprior.data.shards import ShardSet, verify
 from megaprior.data.vision import PatchSpec
 from megaprior.data.weighting import WeightingConfig
 from megaprior.data_tools.transfer import Request, transfer_scores
+from megaprior.data_tools.transfer_shard import Transfer
 from megaprior.errors import DataError, UsageError
 from megaprior.files import owner_lock
 from megaprior.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +36,7 @@ TEXTS = [
     "A photo of one red square beside 7 dogs.",
     "x",
 ]
+SCORER = {"kind": "reference", "fingerprint": "f" * 32}
 Caption = tuple[str, str]  # key, text
 Command = Callable[..., tuple[int, str, str]]
 
@@ -78,9 +80,7 @@ def write(
     write_build(folder, build_id=folder.name, shard_manifests=manifests, tokenizer=tokenizer, options={}, counts=counts)
     if scored:
         for shard in ShardSet.open(folder).shards:
-            with ScoreWriter(
-                shard, scored, kind=kind, scorer={"kind": "reference", "fingerprint": "f" * 32}, first_token=None
-            ) as scores:
+            with ScoreWriter(shard, scored, kind=kind, scorer=SCORER, first_token=None) as scores:
                 for local in range(len(shard)):
                     ids = shard.streams["tokens"][local]
                     values = np.random.default_rng(ids.astype(np.int64)).exponential(3, len(ids))
@@ -154,7 +154,7 @@ def test_other_source_scores_are_another_scorer(folders: tuple[Path, Path], toke
     for path in source.glob("*.ref_logprob.*"):
         path.unlink()
     for shard in ShardSet.open(source).shards:
-        with ScoreWriter(shard, "ref_logprob", kind="logprob", scorer={"fingerprint": "f" * 32}) as scores:
+        with ScoreWriter(shard, "ref_logprob", kind="logprob", scorer=SCORER) as scores:
             for length in shard.streams["tokens"].lengths:
                 scores.add(np.full(length, -1.0))
             scores.finish()
@@ -198,6 +198,21 @@ def test_a_tokenizers_own_shards_get_the_same_bits_whatever_their_order(tmp_path
 
 def dict_key(shards: Sequence[Sequence[Caption]], text: str) -> str:
     return next(key for shard in shards for key, found in shard if found == text)
+
+
+def test_captions_in_the_same_order_need_no_index_of_keys(
+    tmp_path: Path, tokenizer: Tokenizer, byte_level: Tokenizer
+) -> None:
+    """Some the target lacks, as pairs do whose images were refused, are stepped over."""
+    every = captions([f"star {number}" for number in range(300)])
+    source = write(tmp_path / "scored", tokenizer, [every], scored="ref_logprob")
+    target = write(
+        tmp_path / "pairs", byte_level, [[pair for n, pair in enumerate(every) if n % 7 and n not in range(90, 130)]]
+    )
+    work = Transfer(request(source, target))
+    work.shard(0)
+    assert not work.source_keys.indexed
+    assert len(ShardSet.open(target, scores="ref_logprob")) == len(work.target)
 
 
 # ---------------------------------------------------------------- captions without scores
