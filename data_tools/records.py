@@ -75,13 +75,19 @@ def read_text(stream: IO[bytes], options: BuildOptions, *, start: int, end: int 
     yield from _documents(lines, start) if options.documents else _captions(lines, start)
 
 
-def peek_record(source: Source, options: BuildOptions) -> Record | Rejected | None:
-    """The first record of a source that is one, all columns; where the first 100 hold none, why the first is none."""
+def peek_record(source: Source, options: BuildOptions, *, image: bool = False) -> Record | Rejected | None:
+    """The first record of a source that is one, all columns; where the first 100 hold none, why the first is none.
+
+    With `image` a record among them that names an image goes before one that does not: mixtures hold both.
+    """
+    first: Record | Rejected | None = None
     with _open_records(source, options) as records:
-        found = [record for _, record in islice(records, 1)]
-        if found and isinstance(found[0], Rejected):
-            found.append(next((record for _, record in islice(records, 99) if isinstance(record, dict)), found[0]))
-    return found[-1] if found else None
+        for _, record in islice(records, 100):
+            if isinstance(record, dict) and not (image and record.get(image_column(record, options)) is None):
+                return record
+            if first is None or (isinstance(record, dict) and isinstance(first, Rejected)):
+                first = record
+    return first
 
 
 @contextmanager
@@ -102,18 +108,19 @@ def find_images(source: Source, options: BuildOptions) -> Path | None:
     Raises:
         Unfit: there is none, or the first record names no image; the reason tells the remedy.
     """
-    record = peek_record(source, options)
+    record = peek_record(source, options, image=True)
     if isinstance(record, Rejected):
         raise Unfit(f"none of its first records can be read ({record.key}: {record.reason})")
     record = record or {}
     column = image_column(record, options)
     value = record.get(column)
-    if is_link(value) or (value is None and any(map(is_link, record.values()))):
-        raise Unfit(list_of_urls(source, record, caption_columns(record, options)))
     if value is None:
         conversation = record_conversation(record, options)
         if conversation is not None and conversation.images:
             return options.images
+    if is_link(value) or (value is None and any(map(is_link, record.values()))):
+        raise Unfit(list_of_urls(source, record, caption_columns(record, options)))
+    if value is None:
         raise Unfit(
             f"no column '{column}' (columns: {_names(record)}); name it with --image-column, or take captions alone with "
             "--text"

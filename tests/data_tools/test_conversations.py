@@ -148,6 +148,23 @@ def test_llava_images_stay_inside_their_folder(tmp_path: Path) -> None:
         read(write(tmp_path / "b.json", records[3:]))
 
 
+def test_a_mixture_may_begin_without_an_image(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"A")
+    records = [{"conversations": llava("Q", "a")}, {"image": "a.jpg", "conversations": llava("<image>", "b")}]
+    first, second = read(write(tmp_path / "a.json", records))
+    assert first == Rejected(key="item 0", reason="no image name: null")
+    assert isinstance(second, Sample)
+    assert second.image == b"A"
+
+
+def test_where_messages_come_from_makes_no_list_of_urls(tmp_path: Path) -> None:
+    content = [{"type": "image", "image": PNG}, {"type": "text", "text": "A dog."}]
+    record = {"messages": [{"role": "assistant", "content": content}], "source": "https://x/page.html"}
+    (found,) = read(write(tmp_path / "a.jsonl", [record]))
+    assert isinstance(found, Sample)
+
+
 def test_several_turns_need_a_decision(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.json", [{"conversations": llava("Q", "a")}, {"conversations": llava("Q", "a", "R", "b")}]
