@@ -177,13 +177,13 @@ def test_columns_as_img2dataset_names_them(tmp_path: Path) -> None:
 _PEAK = """
 import sys
 from pathlib import Path
+from pyarrow import ipc, parquet
 from megaprior.data_tools.columns import open_rows
 # Not ru_maxrss, which begins with what the parent process held.
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 path, format = Path(sys.argv[1]), sys.argv[2]
+before = peak()
 with open_rows(path, format, wanted=lambda names: names) as rows:
-    next(rows.records)
-    before = peak()
     total = sum(len(record["image"]) for _, record in rows.records)
 print(peak() - before, total >> 20)
 """
