@@ -221,23 +221,25 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 def _work(pipe: Any, work: Work, fingerprint: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who handed out the jobs ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        words = load_tokenizer(work.tokenizer)
-        if words.fingerprint != fingerprint:
-            raise DataError(f"{work.tokenizer}: the tokenizer was changed while the build began; repeat the command")
-        while True:
-            job = pipe.recv()
-            tick = Throttled(lambda count: pipe.send(("read", count)))
-            build_shard(job, work.plan, words, work.output, tick=tick)
-            tick.flush()
-            pipe.send(("done", None))
-    except EOFError:
-        return
-    except (MegapriorError, OSError) as error:
-        pipe.send(("refused", error))
-    except Exception:
-        pipe.send(("bug", traceback.format_exc()))
-    pipe.recv_bytes()  # until this process is ended: a pipe that closes would be taken for a death
+    with suppress(EOFError, ConnectionError):  # the one who handed out the jobs is gone
+        try:
+            _serve(pipe, work, fingerprint)
+        except (MegapriorError, OSError) as error:
+            pipe.send(("refused", error))
+        except Exception:
+            pipe.send(("bug", traceback.format_exc()))
+        pipe.recv_bytes()  # until this process is ended: a pipe that closes would be taken for a death
+
+
+def _serve(pipe: Any, work: Work, fingerprint: str) -> None:
+    words = load_tokenizer(work.tokenizer)
+    if words.fingerprint != fingerprint:
+        raise DataError(f"{work.tokenizer}: the tokenizer was changed while the build began; repeat the command")
+    tick = Throttled(lambda count: pipe.send(("read", count)))
+    while True:
+        build_shard(pipe.recv(), work.plan, words, work.output, tick=tick)
+        tick.flush()
+        pipe.send(("done", None))
 
 
 def _end_with_parent() -> None:
