@@ -29,12 +29,11 @@ tokens) and counted:
   unspelled    a token stands for no bytes, as that of an unknown character does
 Source captions that no target asks for are left out. Interrupted, the same command goes on where it stopped.
 
-example: a Llama-3 reference for shards of a model with Mistral's tokenizer
-  megaprior-data build --input pairs/*.tar --text --output scored  --tokenizer llama3/tokenizer.model
-  megaprior-data build --input pairs/*.tar        --output shards  --tokenizer mistral/tokenizer.model
-  megaprior score --model runs/reference_llama3 --shards scored
-  megaprior-data transfer-scores --from scored --to shards --workers 4
-  megaprior-data verify shards""",
+The inputs are built once with each tokenizer (build --text does for the scored folder), the reference scores its own.
+
+examples:
+  megaprior-data transfer-scores --from shards/scored_llama3 --to shards/pairs_mistral
+  megaprior-data transfer-scores --from shards/scored_llama3 --to shards/pairs_mistral --name ref_llama3 --workers 8""",
 )
 
 

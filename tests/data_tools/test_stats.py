@@ -117,6 +117,15 @@ def test_equals_are_counted_over_all_shards(folder: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("other", "repeated"), [(b"same", 1), (b"twin", 0)])
+def test_images_of_one_length_and_size_are_read_to_tell(
+    tmp_path: Path, tokenizer: Tokenizer, other: bytes, repeated: int
+) -> None:
+    one, two = ([7], b"same", (9, 8)), ([7], other, (9, 8))
+    found = describe(write(tmp_path / "pairs", tokenizer, [[one], [two, ([7], b"flat", (8, 9))]]))["images"]["equal"]
+    assert (found["read"], found["looked_at"], found["repeated"]) == (2, 3, repeated)
+
+
 def test_a_share_chosen_by_content_keeps_equals_together(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """4,000 captions, each three times in different shards: a share of 1 in 16 sees 2 of 3 repeated, exactly."""
     rng = np.random.default_rng(0)
@@ -154,27 +163,31 @@ def test_histograms_know_their_values(values: list[int], share: float) -> None:
 # ---------------------------------------------------------------- packing
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_the_prediction_is_what_the_loader_does(tmp_path: Path, tokenizer: Tokenizer, ranks: int, picture: Any) -> None:
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 20), (3, 20), (3, 4)])
+def test_the_prediction_is_what_the_loader_does(
+    tmp_path: Path, tokenizer: Tokenizer, ranks: int, batch_size: int, picture: Any
+) -> None:
+    """A rank with fewer rows than another runs dummies beside them."""
     rng = np.random.default_rng(1)
     jpegs = [(picture(n, width=8 + 9 * n, height=20), (8 + 9 * n, 20)) for n in range(5)]
     rows: list[Row] = [([7] * int(rng.integers(1, 60)), *jpegs[n % 5]) for n in range(70)]
     folder = write(tmp_path / "pairs", tokenizer, [rows])
     spec = PatchSpec(4, 32, 3, 4, 5, 6)
-    plan = Plan(max_tokens=128, batch_size=20, ranks=ranks, pad_to=32)
+    plan = Plan(max_tokens=100, batch_size=batch_size, ranks=ranks, pad_to=32)
     told = predict(folder, plan, [spec])[0]["training"]
     batches = []
     for rank in range(ranks):
         loader = Loader(
-            DataConfig(train=[SourceConfig(path=str(folder))], batch_size=20, max_tokens=128, pad_to=32),
+            DataConfig(train=[SourceConfig(path=str(folder))], batch_size=batch_size, max_tokens=100, pad_to=32),
             seed=0, weighting=WeightingConfig(kind="ntp"), spec=spec, tokenizer=tokenizer, rank=rank, world=ranks,
         )  # fmt: skip
-        batches.append([loader.batch(step) for step in range(3)])
+        batches.append([loader.batch(step) for step in range(told["steps"])])
         loader.close()
-    assert told["steps"] == 3
+    assert told["steps"] == 70 // batch_size
     assert told["micro_steps"] == np.mean([len(batch.micro) for batch in batches[0]])
     micro = [row for mine in batches for batch in mine for row in batch.micro]
-    assert told["rows_per_step"] == sum(len(row.targets) > 0 for row in micro) / 3
+    assert told["rows_per_step"] == sum(len(row.targets) > 0 for row in micro) / told["steps"]
+    assert ranks == 1 or any(len(row.targets) == 0 for row in micro)
     real, padded = (
         sum(numbers) for numbers in zip(*((r.num_real_tokens, len(r.input_ids)) for r in micro), strict=True)
     )
