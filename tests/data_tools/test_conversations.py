@@ -109,6 +109,7 @@ def test_messages_bring_their_image_as_base64(tmp_path: Path, part: dict, wrap: 
         (["https://x/1.jpg"], "image is a URL: nothing is ever downloaded"),
         (["data:image/png,%89PNG"], "image is no base64: a data URL beginning 'data:image/png'"),
         (["photos/1.jpg"], "image is no base64: "),
+        (["photos/12.jpg"], "image is no base64: "),  # without its full stop it would decode
         ([PNG[:-1]], "image is no base64: "),
         ([PNG, PNG], "more than one image: 2 in the conversation"),
         ([], "no image name: null"),
