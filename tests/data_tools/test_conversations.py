@@ -237,3 +237,17 @@ def test_a_record_around_bare_messages() -> None:
     assert as_record(message) == as_record([message]) == {"messages": [message]}
     assert as_record([1]) == [1]
     assert as_record({"caption": "x", "role": "y"}) == {"caption": "x", "role": "y"}
+
+
+def test_an_answer_that_begins_where_the_sequence_ends_has_no_span(
+    tmp_path: Path, tokenizer_folder: Path, tokenizer: Tokenizer
+) -> None:
+    talk = llava("one", "red", "two", "blue circle star")
+    _, spans = conversation_tokens(tokenizer, parse_conversation(talk).turns)
+    path, limit = write(tmp_path / "a.json", [{"conversations": talk}]), spans[1][0]
+    options = BuildOptions(turns="all", text=True, max_sequence=limit)
+    build([path], tmp_path / "out", tokenizer=tokenizer_folder, options=options)
+    shards = ShardSet.open(tmp_path / "out")
+    found = shards.loss_spans(0)
+    assert found is not None
+    assert (len(shards.tokens(0)), found.tolist()) == (limit, [list(spans[0])])
