@@ -11,10 +11,13 @@ _JOIN = """\
 needs neither the inputs nor the tokenizer; refuses, naming them, while parts are at work or missing. The result is, byte
 for byte, that of a build in one go.
 
-example, a Slurm array of ten parts and the step after it (build.sbatch has the line megaprior-data build ... --part
-$SLURM_ARRAY_TASK_ID/10):
+with Slurm, where build.sbatch has the line megaprior-data build ... --part $SLURM_ARRAY_TASK_ID/10, ten parts and the step
+after them:
   id=$(sbatch --parsable --array=0-9 build.sbatch)
   sbatch --dependency=afterok:$id --wrap "megaprior-data join shards/pairs"
+
+example:
+  megaprior-data join shards/pairs
 """
 
 
