@@ -273,6 +273,7 @@ def test_a_thumbnail_is_rgb_whatever_the_mode(mode: str) -> None:
     data = encoded(Image.new(mode, (640, 640), colour), "JPEG")
     small = decode_rgb(data, thumbnail=(20, 20))
     assert (small.mode, small.size) == ("RGB", (80, 80))
+    assert decode_rgb(data, thumbnail=(27, 27)).size == (160, 160)  # 80 would be under three thumbnails
     assert np.asarray(small)[40, 40].tolist() == np.asarray(decode_rgb(data))[320, 320].tolist()
 
 
