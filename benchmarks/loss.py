@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import re
 import sys
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace, arms: Callable[[Case], list[Arm]] = arms_of
             result["ceilings"].append(ceilings(clock, quick=options.quick))
         except RuntimeError as error:
             say(f"the ceilings could not be measured again: {first_line(error)}")
+    result["load"][0] = max(result["load"][0], os.getloadavg()[0])
     result["seconds"] = round(time.monotonic() - started, 1)
     _write(options, result, draw=True)
     return result
@@ -130,6 +132,7 @@ def _header(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "seed": options.seed,
         "budget_s": options.budget_s,
         "quick": options.quick,
+        "load": [os.getloadavg()[0], os.cpu_count()],
         "ceilings": [],
         "cases": [],
         "dropped": [],

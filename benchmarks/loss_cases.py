@@ -239,12 +239,10 @@ def _cpu_plan(*, rows: int, many: int, hidden: int, vocabulary: int, dtype: torc
     sweep = [case("fused", rows // 2, share=s, sweep=True, leave_out=slow) for s in SHARES]
     return [
         case("fused", rows),
-        sweep[0],
-        sweep[-1],
+        *sweep,
         case("logits", rows),
         case("fused", rows, weights="token"),
         case("logprob", rows),
-        *sweep[1:-1],
         case("forward", rows),
         case("fused", many),
     ]

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.loss_report import floor_ms, measured
+from benchmarks.loss_report import floor_ms, measured, short
 
 OURS, PEER, FLOOR = "#0b6e4f", "#9aa5b1", "#c1121f"
 
@@ -39,9 +39,9 @@ def _bars(axes: Any, result: dict[str, Any], case: dict[str, Any]) -> None:
     axes.barh(range(len(arms)), middles, color=colours, height=0.62)
     for i, (arm, middle) in enumerate(zip(arms, middles, strict=True)):
         mark = " (inexact)" if arm["inexact"] else ""
-        axes.text(middle, i, f" {middle:,.1f} ms{mark}", va="center", fontsize=8)
+        axes.text(middle, i, f" {short(middle)} ms{mark}", va="center", fontsize=8)
     axes.axvline(floor, color=FLOOR, linewidth=1)
-    axes.text(floor, len(arms) - 0.45, f" floor {floor:,.1f} ms", color=FLOOR, fontsize=8, va="bottom")
+    axes.text(floor, len(arms) - 0.45, f" floor {short(floor)} ms", color=FLOOR, fontsize=8, va="bottom")
     axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=8)
     axes.set_xlim(0, max(middles) * 1.22)
     axes.set_ylim(-0.6, len(arms))

@@ -56,6 +56,14 @@ def markdown(result: dict[str, Any], figure: str = "") -> str:
     ]
     if result["device"] == "cpu":
         parts.append("**Measured on a CPU, in float32. Nothing here says how any of these runs on a GPU.**")
+        load, cores = result.get("load", (None, None))
+        if load is None:
+            parts.append("How busy the machine was with other programs was not recorded.")
+        elif load > 1.2 * cores:
+            parts.append(
+                f"Other programs were running (load average up to {load:.1f} on {cores} cores): the ratios of arms that took "
+                "turns say more than the times, and their quartiles how much."
+            )
     if result["quick"]:
         parts.append("**--quick: shapes so small that the times mean nothing.**")
     parts.append(
@@ -100,7 +108,7 @@ def _case(result: dict[str, Any], case: dict[str, Any]) -> str:
     if arms:
         given = bool(case["floor_bytes"])
         lines.append(
-            f"Floor: {_short(floor_ms(result, case))} ms ({'one read + one write' if given else 'the products'}).\n"
+            f"Floor: {short(floor_ms(result, case))} ms ({'one read + one write' if given else 'the products'}).\n"
         )
         rate = "GB/s by one read + one write | of the copy ceiling" if given else "TFLOP/s | of the product ceiling"
         lines.append(
@@ -121,7 +129,7 @@ def _case(result: dict[str, Any], case: dict[str, Any]) -> str:
     return title + "\n\n" + "\n".join(lines)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits, or all of a large number's before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -138,7 +146,7 @@ def _row(result: dict[str, Any], case: dict[str, Any], arm: dict[str, Any], base
     computes = arm["computes"] + (f"; *inexact: {arm['inexact']}*" if arm["inexact"] else "")
     cells = [
         f"**{arm['name']}**" if arm["ours"] else arm["name"],
-        f"{_short(middle)} ({_short(low)}-{_short(high)})",
+        f"{short(middle)} ({short(low)}-{short(high)})",
         f"{rate / unit:,.3g}",
         f"{rate / top:.0%}",
         f"{b:.2f}x ({a:.2f}-{c:.2f})",
