@@ -7,13 +7,11 @@ with the merged build's id. Samples are written one by one only where some are d
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from megaprior.data_tools.derived import (
     write_ledger,
 )
 from megaprior.data_tools.equals import first_ones
-from megaprior.data_tools.join import QUARANTINE
+from megaprior.data_tools.quarantining import refused_entries
 from megaprior.errors import DataError, UsageError
 from megaprior.files import atomic_file, digest_json, disk_full_explained, fsync_folder, temporary_name, write_manifest
 from megaprior.telemetry import say
@@ -105,7 +103,7 @@ def merge(request: Request) -> dict[str, Any]:
     chosen = (
         first_ones(shards, workers=request.workers) if request.deduplicate and not complete else [None] * len(shards)
     )
-    refused = [entries for one in sets for entries in _refused(one)]
+    refused = [entries for one in sets for entries in refused_entries(one)]
     tasks = [
         _Task(piece, entries, request.link, prefix, places)
         for piece, entries, prefix, places in zip(pieces, refused, prefixes, chosen, strict=True)
@@ -179,18 +177,6 @@ def _common_options(sets: Sequence[ShardSet]) -> dict[str, Any]:
     # Messages name the limit at which captions were cut.
     common["max_sequence"] = max(other.get("max_sequence") or 0 for other in options)
     return common
-
-
-def _refused(shards: ShardSet) -> Iterator[list[dict[str, Any]]]:
-    """The quarantine entries of each shard: in the file they stand in the order of the shards."""
-    path = shards.folder / QUARANTINE
-    counts = [shard.manifest["counts"]["quarantined"] for shard in shards.shards]
-    if not sum(counts):
-        yield from ([] for _ in counts)
-        return
-    with open(path, encoding="utf-8") as file:
-        for count in counts:
-            yield [json.loads(line) for line in islice(file, count)]
 
 
 # ---------------------------------------------------------------- one shard

@@ -47,9 +47,18 @@ def read_job(
 
 
 def build_shard(
-    job: ShardJob, plan: Plan, tokenizer: Tokenizer, output: Path, *, tick: Callable[[int], None] = lambda _: None
+    job: ShardJob,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    tick: Callable[[int], None] = lambda _: None,
+    keep: Callable[[Sample | Rejected], Sample | Rejected | None] = lambda item: item,
 ) -> dict[str, Any]:
-    """Write one shard and return its manifest; its bytes are a function of the job, the options and the tokenizer."""
+    """Write one shard and return its manifest; its bytes are a function of the job, the options and the tokenizer.
+
+    `keep` may take a part of a sample, or nothing, of what is read.
+    """
     left_out: list[Rejected] = []
     outside = 0
     with ShardWriter(
@@ -63,7 +72,7 @@ def build_shard(
     ) as writer:
         shard = _Shard(writer, tokenizer, plan.options)
         with closing(read_job(job, plan.options, tick)) as samples:
-            for sample in samples:
+            for sample in filter(None, map(keep, samples)):
                 if isinstance(sample, Sample) and not in_subset(sample, plan.options):
                     outside += 1
                     continue
