@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         except (Failed, OSError) as error:
             result["dropped"].append({"name": section, "why": str(error)})
             say(f"    failed: {error}")
-        result["seconds"] = round(time.monotonic() - started, 1)
+        result["runs"][0]["seconds"] = round(time.monotonic() - started, 1)
         _write(options, result)
     return result
 
@@ -78,15 +78,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _header(options: argparse.Namespace) -> dict[str, Any]:
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     return {
-        "command": "python -m benchmarks.data" + "".join(f" {word}" for word in options.shown),
-        "date": date.today().isoformat(),
+        "runs": [
+            {
+                "command": "python -m benchmarks.data" + "".join(f" {word}" for word in options.shown),
+                "date": date.today().isoformat(),
+                "load": os.getloadavg()[0],
+                "seconds": 0.0,
+            }
+        ],
         "machine": f"{platform.machine()}, {processor()}, {os.cpu_count()} cores",
-        "load": os.getloadavg()[0],
         "versions": versions | {name: found for name in PEERS if (found := peer(options, name)[0])},
         "seed": options.seed,
-        "rounds": options.rounds,
         "quick": options.quick,
-        "seconds": 0.0,
         "cases": [],
         "dropped": [],
     }
@@ -114,6 +117,20 @@ def _write(options: argparse.Namespace, result: dict[str, Any]) -> None:
     path = options.output / ("data_quick.json" if result["quick"] else "data.json")
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     report(path)
+
+
+def merge(paths: Sequence[Path]) -> None:
+    """Put the sections of further kept results into the first; a section that several have is taken from the last."""
+    first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    for other in others:
+        again = {case["name"] for case in other["cases"]}
+        first["cases"] = [case for case in first["cases"] if case["name"] not in again] + other["cases"]
+        first["dropped"] += other["dropped"]
+        first["runs"] += other["runs"]
+        first["versions"] |= other["versions"]
+        first |= {name: other[name] for name in ("opening", "ordering") if name in other}
+    first["cases"].sort(key=lambda case: SECTIONS.index(case["name"].partition(",")[0]))
+    paths[0].write_text(json.dumps(first, indent=1) + "\n", encoding="utf-8")
 
 
 def report(path: Path) -> str:
@@ -177,17 +194,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=int, help="generated pairs (default: 200,000)")
     add("--quick", action="store_true", help="tiny inputs, one round: a trial, not a measurement")
     add("--dry-run", action="store_true", help="print the plan and which peers are there; measure nothing")
-    add("--report", type=Path, metavar="JSON", help="only write a kept run's table and figure again")
+    add("--report", type=Path, nargs="+", metavar="JSON", help="only write a kept run's table and figure again, after adding "
+        "the sections of further kept runs to it")  # fmt: skip
     add("--seed", type=int, default=0, help="of shuffles and orders (default: %(default)s)")
     add("--output", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(argv)
     options.shown = _shown(list(sys.argv[1:] if argv is None else argv))
     small = {"rounds": 1, "count": 1000, "pairs": 200, "reads": 400, "batch": 16, "open": (5, 20), "steps": 5}
     full = {
-        "rounds": 7,
+        "rounds": 5,
         "count": 200_000,
         "pairs": 200_000,
-        "reads": 40_000,
+        "reads": 20_000,
         "batch": 512,
         "open": (1000, 500),
         "steps": 200,
@@ -202,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print the report, keep it with the raw samples."""
     options = parse(argv)
     if options.report:
-        print(report(options.report))
+        merge(options.report)
+        print(report(options.report[0]))
     elif options.dry_run:
         dry_run(options)
     elif options.work is None:

@@ -44,5 +44,5 @@ def figure(result: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     quick = " (--quick: no measurement)" if result["quick"] else ""
-    sheet.suptitle(f"{result['machine']}, {result['date']}{quick}", fontsize=9, x=0.01, ha="left")
+    sheet.suptitle(f"{result['machine']}, {result['runs'][0]['date']}{quick}", fontsize=9, x=0.01, ha="left")
     sheet.savefig(path, dpi=130)

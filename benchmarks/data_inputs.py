@@ -63,6 +63,18 @@ def _plain_tar(source: Path, target: Path) -> None:
             new.addfile(member, io.BytesIO(data))
 
 
+def first_records(source: Path, target: Path, count: int) -> Path:
+    """A tar of the first `count` samples of another."""
+    with tarfile.open(source) as old, tarfile.open(target, "w", format=tarfile.USTAR_FORMAT) as new:
+        keys: dict[str, None] = {}
+        for member in old:
+            keys.setdefault(member.name.partition(".")[0])
+            if len(keys) > count:
+                break
+            new.addfile(member, old.extractfile(member))
+    return target
+
+
 def captions_file(work: Path, *, count: int, sources: list[Path], tars: list[Path], seed: int) -> tuple[Path, int]:
     """(a jsonl of `count` records {"text": caption}, how many different captions it draws on).
 

@@ -62,7 +62,8 @@ def _litdata(paths: list[str], what: str) -> tuple[int, Get]:
     from litdata import StreamingDataset
 
     data = StreamingDataset(paths[0])
-    return len(data), data.__getitem__
+    # It gives images as views of its chunk, which the others have to copy out.
+    return len(data), data.__getitem__ if what == "tokens" else lambda i: bytes(data[i])
 
 
 def _webdataset(paths: list[str], what: str) -> Iterator[Any]:

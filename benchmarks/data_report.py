@@ -70,8 +70,11 @@ def markdown(result: dict[str, Any], figure: str = "") -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     parts = [
         "# The data tools and their peers",
-        f"`{result['command']}`, {result['date']}; {result['machine']}; {versions}; seed {result['seed']}; load of the "
-        f"machine at the start {result['load']:.1f}; {result['seconds']:,.0f} s.",
+        "\n".join(
+            f"- `{run['command']}`, {run['date']}, {run['seconds']:,.0f} s, load {run['load']:.1f} at its start"
+            for run in result["runs"]
+        ),
+        f"{result['machine']}; {versions}; seed {result['seed']}.",
     ]
     if result["quick"]:
         parts.append("**--quick: inputs so small that the numbers mean nothing.**")

@@ -92,7 +92,7 @@ def test_arms_that_fail_on_the_way_leave_no_figure() -> None:
 
 
 def test_a_process_that_fails_tells_its_last_line() -> None:
-    with pytest.raises(Failed, match="^ValueError: this is why$"):
+    with pytest.raises(Failed, match=r"^ValueError: this is why$"):
         run([sys.executable, "-c", "raise ValueError('this is why')"])
 
 
