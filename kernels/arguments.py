@@ -32,6 +32,10 @@ class LossTerms:
     token_weight: Tensor
     denominator: Tensor
 
+    def weighted_mean(self, nll: Tensor) -> Tensor:
+        """sum(g * nll) / denominator of nll (N,); a weight of 0 counts for nothing even where the nll is infinite."""
+        return (self.token_weight * nll).where(self.token_weight != 0, 0.0).sum() / self.denominator
+
 
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     """Reductions run in float32, or float64 for float64 input."""

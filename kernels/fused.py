@@ -94,7 +94,7 @@ class Fused:
             return _CrossEntropy.apply(logits, terms, self.kernels)
         nll = logits.new_empty(len(logits), dtype=torch.float32)
         self.kernels.cross_entropy_rows(_rows_of(logits), _signed(terms), terms.token_weight, nll, gradient=False)
-        return weighted_mean(nll, terms), nll
+        return terms.weighted_mean(nll), nll
 
     def linear_weighted_cross_entropy(
         self, hidden: Tensor, weight: Tensor, terms: LossTerms, *, chunk_rows: int | None, compact: bool
@@ -108,7 +108,7 @@ class Fused:
             for part in chunks.parts(0, rows.kept):
                 chunks.logits_and_nll(part)
             nll = rows.spread(chunks.nll, len(hidden))
-        return weighted_mean(nll, terms), nll
+        return terms.weighted_mean(nll), nll
 
     @torch.no_grad()
     def linear_logprob(
@@ -191,7 +191,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, terms.denominator)
         ctx.rows, ctx.size, ctx.weight_dtype = rows, len(hidden), weight.dtype
         ctx.mark_non_differentiable(nll)
-        return weighted_mean(nll, terms), nll
+        return terms.weighted_mean(nll), nll
 
     @staticmethod
     @once_differentiable
@@ -219,7 +219,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.kernels = kernels
         ctx.mark_non_differentiable(nll)
-        return weighted_mean(nll, terms), nll
+        return terms.weighted_mean(nll), nll
 
     @staticmethod
     @once_differentiable
@@ -236,11 +236,6 @@ def default_chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
     budget, most = CHUNK
     rows = budget // (dtype.itemsize * vocabulary)
     return max(ROW_MULTIPLE, min(most, rows // ROW_MULTIPLE * ROW_MULTIPLE))
-
-
-def weighted_mean(nll: Tensor, terms: LossTerms) -> Tensor:
-    """sum(g * nll) / denominator; a weight of 0 counts for nothing even where the nll is infinite."""
-    return (terms.token_weight * nll).where(terms.token_weight != 0, 0.0).sum() / terms.denominator
 
 
 def _signed(terms: LossTerms) -> Tensor:

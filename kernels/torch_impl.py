@@ -38,7 +38,7 @@ def weighted_cross_entropy(
     if torch.is_grad_enabled() and logits.requires_grad:
         return _CrossEntropy.apply(logits, terms, chunk_rows)
     nll = _nll_of_logits(logits.detach(), terms, chunk_rows)
-    return _weighted_mean(nll, terms), nll
+    return terms.weighted_mean(nll), nll
 
 
 def linear_weighted_cross_entropy(
@@ -50,7 +50,7 @@ def linear_weighted_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, terms, chunk_rows)
     with torch.no_grad():
         nll = _linear_nll(hidden, weight.to(hidden.dtype), terms.targets, terms.keep, chunk_rows)
-    return _weighted_mean(nll, terms), nll
+    return terms.weighted_mean(nll), nll
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, grad_weight, terms.token_weight, terms.denominator)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
-        return _weighted_mean(nll, terms), nll
+        return terms.weighted_mean(nll), nll
 
     @staticmethod
     @once_differentiable
@@ -118,7 +118,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, nll, terms.targets, terms.keep, terms.token_weight, terms.denominator)
         ctx.chunk_rows = chunk_rows
         ctx.mark_non_differentiable(nll)
-        return _weighted_mean(nll, terms), nll
+        return terms.weighted_mean(nll), nll
 
     @staticmethod
     @once_differentiable
@@ -211,8 +211,3 @@ def _blocks(keep: Tensor, active: Tensor, chunk_rows: int) -> Iterator[tuple[Row
         for rows in members.nonzero()[:, 0].split(chunk_rows):
             if len(rows):
                 yield rows, carries
-
-
-def _weighted_mean(nll: Tensor, terms: LossTerms) -> Tensor:
-    """sum(g * nll) / denominator; a weight of 0 counts for nothing even where the nll is infinite."""
-    return (terms.token_weight * nll).where(terms.token_weight != 0, 0.0).sum() / terms.denominator
