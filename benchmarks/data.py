@@ -185,6 +185,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="pairs/ of an earlier `megaprior-data make-scenes`, to save rendering",
     )
     add("--tokenizer", type=Path, metavar="FILE", help="a SentencePiece model (default: trained on generated captions)")
+    add("--hf-tokenizer", type=Path, metavar="DIR", help="a folder that transformers' AutoTokenizer reads, such as GPT-2's: "
+        "the text build is measured with it too")  # fmt: skip
     add("--megatron", type=Path, metavar="DIR", help="a checkout of Megatron-LM")
     add("--peer-path", dest="peer_paths", type=Path, action="append", default=[], metavar="DIR", help="where a peer, or what "
         "it needs, is installed; repeatable")  # fmt: skip

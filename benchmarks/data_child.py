@@ -14,7 +14,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # One thread each: what is compared is the work done on one core, and libraries must not help themselves to others.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+# And nothing is fetched.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 class Failed(Exception):

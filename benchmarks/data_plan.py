@@ -46,7 +46,8 @@ class Inputs:
 def sections(options: argparse.Namespace, inputs: Inputs) -> Iterator[Section]:
     """(name, what adds its measurement to a result), in order."""
     photos = [("photographs", options.tars)] if options.tars else []
-    yield "text build", _case(lambda: text_case(options, inputs.captions, inputs.distinct, inputs.tokenizer))
+    for tokenizer in [inputs.tokenizer, *([options.hf_tokenizer] if options.hf_tokenizer else [])]:
+        yield "text build", _case(_text(options, inputs, tokenizer))
     for name, tars in [*photos, ("generated", inputs.generated)]:
         yield "pair build", _case(_pairs(options, inputs, name, tars))
     texts = ("--text", "--caption-column", "text")
@@ -71,6 +72,10 @@ def sections(options: argparse.Namespace, inputs: Inputs) -> Iterator[Section]:
         lambda result: result.update(opening=opening(options, inputs.tokenizer, shards=shards, samples=samples)),
     )
     yield "order", lambda result: result.update(ordering=ordering(options, steps=options.steps))
+
+
+def _text(options: argparse.Namespace, inputs: Inputs, tokenizer: Path) -> Callable[[], Case]:
+    return lambda: text_case(options, inputs.captions, inputs.distinct, tokenizer)
 
 
 def _pairs(options: argparse.Namespace, inputs: Inputs, name: str, tars: list[Path]) -> Callable[[], Case]:

@@ -51,11 +51,11 @@ def targets(result: dict[str, Any]) -> list[tuple[str, str, bool | None, str]]:
     """(what, wanted, held, found) of every target."""
     lines = [(case["title"], case["target"], *verdict(case)) for case in result["cases"] if case["least"] is not None]
     if found := result.get("opening"):
-        seconds, memory = middle(found["rounds"], "wall_s"), middle(found["rounds"], "extra_bytes") / 1e6
+        rounds = found["rounds"]
+        seconds, memory = middle(rounds, "cpu_s"), middle(rounds, "extra_bytes") / 1e6
         held = seconds < LIMIT_S and memory < LIMIT_MB
-        text = (
-            f"{seconds:.2f} s, {memory:.0f} MB above the imports' {middle(found['rounds'], 'base_bytes') / 1e6:.0f} MB"
-        )
+        text = f"{seconds:.2f} s of processor time, {middle(rounds, 'wall_s'):.2f} s by the clock, {memory:.0f} MB above the "
+        text += f"imports' {middle(rounds, 'base_bytes') / 1e6:.0f} MB"
         title = f"Opening {found['shards']:,} shards"
         lines.append((title, f"under {LIMIT_S:g} s and {LIMIT_MB:g} MB", held, text))
     if found := result.get("ordering"):

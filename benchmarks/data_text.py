@@ -20,12 +20,12 @@ OURS, MEGATRON = "ours", "Megatron-LM preprocess_data.py"
 
 
 def text_case(options: argparse.Namespace, captions: Path, distinct: int, tokenizer: Path) -> Case:
-    """Check the two, then let them take turns."""
+    """Check the two, then let them take turns. `tokenizer` is a SentencePiece model, or a folder as transformers reads it."""
     with open(captions, encoding="utf-8") as file:
         count = sum(1 for _ in file)
     case = Case(
-        name="text build",
-        title="Text build",
+        name=f"text build, {'Hugging Face' if tokenizer.is_dir() else 'SentencePiece'}",
+        title=f"Text build: {'a Hugging Face folder' if tokenizer.is_dir() else 'a SentencePiece model'}",
         unit="tokens",
         text=f"{count:,} captions ({distinct:,} different ones) of a jsonl, one tokenizer, one worker. Whole processes, less "
         f"what the same command takes on {FEW} captions. Megatron-LM's writes no keys and no digests and syncs nothing.",
@@ -107,7 +107,8 @@ def _megatron(
     out.mkdir()
     script = options.megatron / "tools" / "preprocess_data.py"
     command: list[Any] = [sys.executable, script, "--input", source, "--output-prefix", out / "peer"]
-    command += ["--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", tokenizer]
+    kind = "HuggingFaceTokenizer" if tokenizer.is_dir() else "GPTSentencePieceTokenizer"
+    command += ["--tokenizer-type", kind, "--tokenizer-model", tokenizer]
     command += ["--append-eod", "--workers", "1", "--log-interval", "1000000000"]
     spent = run(command, paths=[options.megatron, *options.peer_paths], cwd=options.megatron)
     return spent, [IndexedStream(out / "peer_text_document")]
