@@ -132,14 +132,14 @@ def _open(request: Request) -> list[ShardSet]:
                 f"{shards.folder}: of kind {shards.kind!r}, {sets[0].folder} is of kind {sets[0].kind!r}; merge pairs with "
                 "pairs and text with text"
             )
-        for shard in shards.shards:
-            tokens = digest_json([shard.manifest["streams"]["keys"], shard.tokens_digest])
-            if len(shard) and tokens in seen and not request.deduplicate:
-                raise DataError(
-                    f"{shard.folder / shard.prefix}: the same keys and tokens as {seen[tokens]}; its samples would be doubled, "
-                    "leave one folder out or add --deduplicate"
-                )
-            seen.setdefault(tokens, shard.folder / shard.prefix)
+        own = {digest_json(s.manifest["streams"]): s.folder / s.prefix for s in shards.shards if len(s)}
+        if (twice := own.keys() & seen) and not request.deduplicate:
+            one = min(twice)
+            raise DataError(
+                f"{own[one]}: holds the same bytes as {seen[one]}; its samples would be doubled, leave one folder out or add "
+                "--deduplicate"
+            )
+        seen |= own  # within one folder equal shards are what its sources hold
     return sets
 
 

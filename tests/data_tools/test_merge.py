@@ -139,7 +139,7 @@ def test_what_does_not_belong_together_is_refused_by_both_names(
     cases = {
         "text": r"text: of kind 'text', .*/a is of kind 'pairs'",
         "other": r"other: another tokenizer than that of .*/a: the vocabulary differs",
-        "part": r"part/00000: the same keys and tokens as .*/a/00000",
+        "part": r"part/00000: holds the same bytes as .*/a/00000",
     }
     for name, message in cases.items():
         with pytest.raises(DataError, match=message):
