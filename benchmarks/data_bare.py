@@ -2,7 +2,7 @@
 
     python -m benchmarks.data_bare '{"arm": "bare", "tars": [...], "few": [...], "tokenizer": FILE, "out": DIR}'
 
-    ours          megaprior.data_tools.build with one worker
+    ours          megaprior.data_tools.building.build with one worker
     bare          tarfile, the image's header and EXIF orientation, json, SentencePiece, two files and their lengths
     bare, decode  the same, and every image is decoded
 
@@ -79,7 +79,7 @@ def _sample(members: dict[str, bytes]) -> tuple[bytes, list[str]]:
 
 def ours(tars: list[str], tokenizer: str, out: Path) -> int:
     """Our build; returns the pairs."""
-    from megaprior.data_tools.build import build
+    from megaprior.data_tools.building.build import build
     from megaprior.data_tools.options import BuildOptions
 
     body = build([Path(tar) for tar in tars], out, tokenizer=Path(tokenizer), options=BuildOptions(), workers=1)
@@ -123,7 +123,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Do what `request` asks."""
     tars, tokenizer, out = request["tars"], request["tokenizer"], Path(request["out"])
     if request["arm"] == "ours":  # imports are nobody's speed
-        import megaprior.data_tools.build  # noqa: F401
+        import megaprior.data_tools.building.build  # noqa: F401
     else:
         import PIL.Image
         import sentencepiece  # noqa: F401

@@ -31,7 +31,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from megaprior.data.shards import ShardSet
-from megaprior.data_tools.byte_scores import Spelled, Spelling, in_common
+from megaprior.data_tools.transfer.byte_scores import Spelled, Spelling, in_common
 
 CONFIG = Path(__file__).parents[1] / "launch/configs/textlm_tiny.yaml"
 SEEDS = (0, 1)

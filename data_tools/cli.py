@@ -12,18 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from megaprior import __version__
-from megaprior.data_tools import cli_build, cli_join, cli_look, cli_make, cli_repair, cli_sets, cli_stats, cli_transfer
+from megaprior.data_tools.commands import build, join, look, make, repair, sets, stats, transfer
 from megaprior.errors import DataError, MegapriorError
 
 _VERBS = (
-    cli_build,  # build
-    cli_join,  # join
-    cli_look,  # verify, show
-    cli_make,  # train-tokenizer, make-scenes
-    cli_repair,  # quarantine, reindex
-    cli_sets,  # split, merge
-    cli_stats,  # stats
-    cli_transfer,  # transfer-scores
+    build,  # build
+    join,  # join
+    look,  # verify, show
+    make,  # train-tokenizer, make-scenes
+    repair,  # quarantine, reindex
+    sets,  # split, merge
+    stats,  # stats
+    transfer,  # transfer-scores
 )
 
 _STORY = """\

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megaprior.data_tools.building.plan import make_plan
+from megaprior.data_tools.building.sharding import read_job
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.plan import make_plan
-from megaprior.data_tools.samples import Sample
-from megaprior.data_tools.sharding import read_job
+from megaprior.data_tools.readers.samples import Sample
 from megaprior.errors import DataError
 from megaprior.telemetry import say
 from megaprior.tokenizer import Tokenizer, train_sentencepiece

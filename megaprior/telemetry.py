@@ -20,6 +20,11 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: a caption may hold escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Progress:
     """How far a long piece of work is; a bar on a terminal, a plain line about every ten seconds elsewhere."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build, preview
+from megaprior.data_tools.building.build import build, preview
 from megaprior.data_tools.options import BuildOptions
 from megaprior.errors import DataError
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaprior.data_tools.byte_scores import Spelled, Spelling, in_common, refusal, spread, transferred
+from megaprior.data_tools.transfer.byte_scores import Spelled, Spelling, in_common, refusal, spread, transferred
 from megaprior.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 REAL = {

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megaprior.data_tools.captions import record_captions
-from megaprior.data_tools.inputs import find_sources
+from megaprior.data_tools.building.plan import make_plan
+from megaprior.data_tools.building.sharding import read_job
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.plan import make_plan
-from megaprior.data_tools.samples import Caption, Unfit
-from megaprior.data_tools.sharding import read_job
+from megaprior.data_tools.readers.captions import record_captions
+from megaprior.data_tools.readers.inputs import find_sources
+from megaprior.data_tools.readers.samples import Caption, Unfit
 from megaprior.errors import DataError
 
 NAMES = ("capsfusion", "laion_2b", "laion_coco")

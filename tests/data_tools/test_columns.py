@@ -15,13 +15,13 @@ from format_writers import Row, table, write_arrow, write_parquet
 from pyarrow import parquet
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build
-from megaprior.data_tools.columns import open_rows, row_group_ranges
-from megaprior.data_tools.inputs import find_sources
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.building.plan import make_plan
+from megaprior.data_tools.building.sharding import read_job
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.plan import make_plan
-from megaprior.data_tools.samples import Rejected, Sample
-from megaprior.data_tools.sharding import read_job
+from megaprior.data_tools.readers.columns import open_rows, row_group_ranges
+from megaprior.data_tools.readers.inputs import find_sources
+from megaprior.data_tools.readers.samples import Rejected, Sample
 from megaprior.errors import DataError, UsageError
 
 ROWS = [Row(f"dog {number}", b"J%d" % number) for number in range(10)]
@@ -178,7 +178,7 @@ _PEAK = """
 import sys
 from pathlib import Path
 from pyarrow import ipc, parquet
-from megaprior.data_tools.columns import open_rows
+from megaprior.data_tools.readers.columns import open_rows
 # Not ru_maxrss, which begins with what the parent process held.
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
 path, format = Path(sys.argv[1]), sys.argv[2]

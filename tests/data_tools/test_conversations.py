@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build
-from megaprior.data_tools.conversations import as_record, parse_conversation
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.building.plan import make_plan
+from megaprior.data_tools.building.sharding import conversation_tokens, read_job
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.plan import make_plan
-from megaprior.data_tools.samples import Rejected, Sample, Turn, Unfit
-from megaprior.data_tools.sharding import conversation_tokens, read_job
+from megaprior.data_tools.readers.conversations import as_record, parse_conversation
+from megaprior.data_tools.readers.samples import Rejected, Sample, Turn, Unfit
 from megaprior.errors import DataError, UsageError
 from megaprior.tokenizer import Tokenizer
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from benchmarks.build_crashes import run, table
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build, build_part
-from megaprior.data_tools.join import join
+from megaprior.data_tools.building.build import build, build_part
+from megaprior.data_tools.building.join import join
+from megaprior.data_tools.building.parts import Part
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.parts import Part
 from megaprior.errors import DataError
 from megaprior.tokenizer import load_tokenizer
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.building.plan import make_plan
+from megaprior.data_tools.building.sharding import read_job
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.plan import make_plan
-from megaprior.data_tools.samples import Caption, Rejected, Sample
-from megaprior.data_tools.sharding import read_job
+from megaprior.data_tools.readers.samples import Caption, Rejected, Sample
 from megaprior.errors import DataError
 
 FORMATS = list(WRITERS)

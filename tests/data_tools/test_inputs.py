@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megaprior.data_tools.inputs import find_sources, sampled_digest
-from megaprior.data_tools.streams import open_input
+from megaprior.data_tools.readers.inputs import find_sources, sampled_digest
+from megaprior.data_tools.readers.streams import open_input
 from megaprior.errors import DataError, UsageError
 
 MakeTar = Callable[..., Path]

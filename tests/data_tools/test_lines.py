@@ -5,9 +5,9 @@ import io
 
 import pytest
 
-from megaprior.data_tools import lines
-from megaprior.data_tools.lines import decode, read_lines
-from megaprior.data_tools.samples import Unfit
+from megaprior.data_tools.readers import lines
+from megaprior.data_tools.readers.lines import decode, read_lines
+from megaprior.data_tools.readers.samples import Unfit
 
 
 def texts(data: bytes, start: int = 0, end: int | None = None) -> list[str | None]:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from megaprior.data.indexed import IndexedStream, IndexedWriter
 from megaprior.data.shards import ShardSet
-from megaprior.data_tools.build import build
-from megaprior.data_tools.merging import Request, merge
+from megaprior.data_tools.building.build import build
 from megaprior.data_tools.options import BuildOptions
+from megaprior.data_tools.sets.merging import Request, merge
 from megaprior.errors import DataError
 from tests.data_tools.sets import add_scores
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools import derived
-from megaprior.data_tools.build import build
-from megaprior.data_tools.join import join
-from megaprior.data_tools.merging import Request, merge
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.building.join import join
 from megaprior.data_tools.options import BuildOptions
+from megaprior.data_tools.sets import derived
+from megaprior.data_tools.sets.merging import Request, merge
 from megaprior.errors import DataError, UsageError
 from megaprior.tokenizer import train_sentencepiece
 from tests.data_tools.sets import add_scores, check_scores, samples_of, tree

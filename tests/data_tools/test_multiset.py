@@ -21,13 +21,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from PIL import Image
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build
-from megaprior.data_tools.merging import Request as Merge
-from megaprior.data_tools.merging import merge
+from megaprior.data_tools.building.build import build
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.sides import parse_subsets
-from megaprior.data_tools.splitting import Request as Split
-from megaprior.data_tools.splitting import split
+from megaprior.data_tools.sets.merging import Request as Merge
+from megaprior.data_tools.sets.merging import merge
+from megaprior.data_tools.sets.sides import parse_subsets
+from megaprior.data_tools.sets.splitting import Request as Split
+from megaprior.data_tools.sets.splitting import split
 from megaprior.errors import DataError
 from megaprior.tokenizer import train_sentencepiece
 from tests.data_tools.sets import add_scores, check_scores, samples_of

@@ -15,11 +15,11 @@ import pytest
 
 from benchmarks.build_crashes import contents
 from megaprior.data.shards import verify
-from megaprior.data_tools import folder
-from megaprior.data_tools.build import build, build_part
-from megaprior.data_tools.join import join
+from megaprior.data_tools.building import folder
+from megaprior.data_tools.building.build import build, build_part
+from megaprior.data_tools.building.join import join
+from megaprior.data_tools.building.parts import Part, parse_part
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.parts import Part, parse_part
 from megaprior.errors import DataError, UsageError
 
 Run = Callable[..., object]
@@ -80,8 +80,8 @@ def test_parts_that_begin_at_once_get_along(
 ) -> None:
     def run(number: int) -> subprocess.CompletedProcess[str]:
         script = (
-            "import sys; from pathlib import Path; from megaprior.data_tools.build import build_part\n"
-            "from megaprior.data_tools.options import BuildOptions; from megaprior.data_tools.parts import Part\n"
+            "import sys; from pathlib import Path; from megaprior.data_tools.building.build import build_part\n"
+            "from megaprior.data_tools.options import BuildOptions; from megaprior.data_tools.building.parts import Part\n"
             "build_part([Path(sys.argv[1])], Path(sys.argv[2]), part=Part(int(sys.argv[4]), 4), tokenizer=Path(sys.argv[3]),"
             " options=BuildOptions(text_shard_bytes=80))"
         )
@@ -138,7 +138,7 @@ def test_a_part_of_another_build_is_refused(part: Run) -> None:
 def hold(output: Path, which: str) -> subprocess.Popen[str]:
     """A process that holds the folder, or a part of it, until its input is closed."""
     script = (
-        "import sys; from pathlib import Path; from megaprior.data_tools import folder, parts\n"
+        "import sys; from pathlib import Path; from megaprior.data_tools.building import folder, parts\n"
         "output, which = Path(sys.argv[1]), sys.argv[2]\n"
         "lock = folder.whole(output) if which == 'whole' else folder.held_part(output, parts.parse_part(which))\n"
         "with lock:\n    print('held', flush=True); sys.stdin.read()"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megaprior.data_tools.building.plan import Plan, difference, make_plan
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.plan import Plan, difference, make_plan
 from megaprior.errors import DataError, UsageError
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megaprior.data_tools.build import build
-from megaprior.data_tools.merging import Request, merge
+from megaprior.data_tools.building.build import build
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.quarantining import Replay, refusals, replay
+from megaprior.data_tools.sets.merging import Request, merge
+from megaprior.data_tools.sets.quarantining import Replay, refusals, replay
 from megaprior.errors import DataError, UsageError
 from tests.data_tools.sets import samples_of, tree
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_replayed_is_said(pairs: Path, picture: Picture, make_tar
 def test_an_unfinished_build_tells_what_it_refused_so_far(
     pairs: Path, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megaprior.data_tools import build as building
+    from megaprior.data_tools.building import build as building
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt

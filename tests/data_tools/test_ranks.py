@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.build_crashes import MPIRUN, contents, session
-from megaprior.data_tools.build import build
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.building.ranks import launched_ranks
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.ranks import launched_ranks
 from megaprior.errors import UsageError
 
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="needs mpirun")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from megaprior.data_tools import pictures, records
-from megaprior.data_tools.inputs import find_sources
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.records import check_columns, find_images, read_table, read_text
-from megaprior.data_tools.samples import Caption, Rejected, Sample, Unfit
+from megaprior.data_tools.readers import pictures, records
+from megaprior.data_tools.readers.inputs import find_sources
+from megaprior.data_tools.readers.records import check_columns, find_images, read_table, read_text
+from megaprior.data_tools.readers.samples import Caption, Rejected, Sample, Unfit
 
 
 def jsonl(*rows: Any) -> bytes:

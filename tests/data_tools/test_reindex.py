@@ -13,9 +13,9 @@ from PIL import Image
 
 from megaprior.data.indexed import IndexedWriter
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build
+from megaprior.data_tools.building.build import build
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.reindexing import reindex
+from megaprior.data_tools.sets.reindexing import reindex
 from megaprior.errors import DataError
 from tests.data_tools.sets import add_scores, check_scores, tree
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from megaprior.data_tools.captions import record_captions
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.samples import Caption, Rejected, Unfit, clean_text, parse_record
+from megaprior.data_tools.readers.captions import record_captions
+from megaprior.data_tools.readers.samples import Caption, Rejected, Unfit, clean_text, parse_record
 
 
 def captions(record: dict, **options: object) -> list[Caption]:

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from scipy.stats import chi2_contingency
 
-from megaprior.data_tools.scene_captions import read_marks
-from megaprior.data_tools.scene_drawing import COLOURS, random_scene
-from megaprior.data_tools.scenes import make_scenes
+from megaprior.data_tools.scenes.captions import read_marks
+from megaprior.data_tools.scenes.drawing import COLOURS, random_scene
+from megaprior.data_tools.scenes.make import make_scenes
 from megaprior.errors import DataError, UsageError
 from megaprior.files import read_manifest
 

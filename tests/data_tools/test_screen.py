@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megaprior.data.shards import ScoreWriter, Shard
-from megaprior.data_tools.build import build
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.commands.screen import caption_text, importance, token_text
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.screen import caption_text, importance, token_text
 from megaprior.tokenizer import Tokenizer
 
 Command = Callable[..., tuple[int, str, str]]

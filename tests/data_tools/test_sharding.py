@@ -12,10 +12,10 @@ import pytest
 import xxhash
 
 from megaprior.data.shards import ShardSet, verify
-from megaprior.data_tools.build import build
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.building.sharding import in_subset, token_classes
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.samples import Caption, Sample
-from megaprior.data_tools.sharding import in_subset, token_classes
+from megaprior.data_tools.readers.samples import Caption, Sample
 from megaprior.errors import DataError
 from megaprior.tokenizer import Tokenizer
 

@@ -19,11 +19,11 @@ from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import Shard
 from megaprior.data.vision import PatchSpec
 from megaprior.data.weighting import WeightingConfig
-from megaprior.data_tools.duplicates import Captions, Images
-from megaprior.data_tools.histogram import Histogram
-from megaprior.data_tools.packing_plan import Plan, predict
-from megaprior.data_tools.stats import describe, parse_vision
-from megaprior.data_tools.stats_page import page
+from megaprior.data_tools.stats.collect import describe, parse_vision
+from megaprior.data_tools.stats.duplicates import Captions, Images
+from megaprior.data_tools.stats.histogram import Histogram
+from megaprior.data_tools.stats.packing_plan import Plan, predict
+from megaprior.data_tools.stats.page import page
 from megaprior.errors import DataError, UsageError
 from megaprior.tokenizer import Tokenizer
 

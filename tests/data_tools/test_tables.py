@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaprior.data_tools import tables
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.samples import Rejected
-from megaprior.data_tools.streams import open_input, packing
-from megaprior.data_tools.tables import read_records
+from megaprior.data_tools.readers import tables
+from megaprior.data_tools.readers.samples import Rejected
+from megaprior.data_tools.readers.streams import open_input, packing
+from megaprior.data_tools.readers.tables import read_records
 
 
 def read(data: bytes, format: str, **options: Any) -> list[tuple[str, Any]]:
@@ -224,7 +224,7 @@ def test_a_broken_disk_is_no_damaged_file(tmp_path: Path) -> None:
         def read(self, size: int | None = -1) -> bytes:
             raise OSError(5, "Input/output error")
 
-    from megaprior.data_tools.streams import _Unpacked
+    from megaprior.data_tools.readers.streams import _Unpacked
 
     with pytest.raises(OSError, match="Input/output error"):
         _Unpacked(Broken(str(path)), "zstd").readinto(bytearray(10))

@@ -22,8 +22,8 @@ from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import ShardSet, verify
 from megaprior.data.vision import PatchSpec
 from megaprior.data.weighting import WeightingConfig
-from megaprior.data_tools.transfer import Request, transfer_scores
-from megaprior.data_tools.transfer_shard import Transfer
+from megaprior.data_tools.transfer.run import Request, transfer_scores
+from megaprior.data_tools.transfer.shard import Transfer
 from megaprior.errors import DataError, UsageError
 from megaprior.files import owner_lock
 from megaprior.tokenizer import Tokenizer, load_tokenizer

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megaprior.data_tools import webdataset
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.samples import Caption, Rejected, Sample
-from megaprior.data_tools.streams import open_input
-from megaprior.data_tools.webdataset import read_tar
+from megaprior.data_tools.readers import webdataset
+from megaprior.data_tools.readers.samples import Caption, Rejected, Sample
+from megaprior.data_tools.readers.streams import open_input
+from megaprior.data_tools.readers.webdataset import read_tar
 
 MakeTar = Callable[..., Path]
 GOOD = [("0.jpg", b"J0"), ("0.txt", b"a dog\n"), ("1.jpg", b"J1"), ("1.txt", b"a cat\n")]

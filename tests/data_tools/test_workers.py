@@ -15,9 +15,9 @@ import pytest
 
 from benchmarks.build_crashes import contents, session
 from megaprior.data.shards import verify
-from megaprior.data_tools.build import build
+from megaprior.data_tools.building.build import build
+from megaprior.data_tools.building.workers import usable_cores
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.workers import usable_cores
 from megaprior.errors import DataError
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -205,6 +205,6 @@ def test_two_builders_race_and_one_wins(start: Start, tmp_path: Path, straight: 
 
 def test_the_default_is_what_this_process_may_use() -> None:
     script = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
-    script += "from megaprior.data_tools.workers import usable_cores; print(usable_cores())"
+    script += "from megaprior.data_tools.building.workers import usable_cores; print(usable_cores())"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout.strip() == b"1"
     assert usable_cores() == len(os.sched_getaffinity(0))

@@ -1,0 +1,189 @@
+"""One job to one shard: check every image once, tokenize every caption, and keep account of what is left out.
+
+Letters: k tokens of a caption.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megaprior.data.images import ImageError, check_image
+from megaprior.data.shards import ShardWriter
+from megaprior.data_tools.building.plan import Plan, ShardJob
+from megaprior.data_tools.options import BuildOptions
+from megaprior.data_tools.readers.records import open_samples
+from megaprior.data_tools.readers.samples import Caption, Rejected, Sample, Turn, Words
+from megaprior.files import atomic_write
+from megaprior.tokenizer import Tokenizer
+
+WORKING = ".building"  # folder inside the output while a build is under way
+
+
+def ledger_path(output: Path, prefix: str) -> Path:
+    """Where a job notes what its shard left out, before the manifest says that it is done."""
+    return output / WORKING / f"{prefix}.json"
+
+
+def read_job(
+    job: ShardJob, options: BuildOptions, tick: Callable[[int], None]
+) -> Generator[Sample | Rejected, None, None]:
+    """Every sample of a job's source, in order; `tick` is told the bytes read on the way."""
+    options = replace(options, images=job.images)
+    with open_samples(job.source, options, start=job.start, end=job.end) as (samples, consumed):
+        done = 0
+        for sample in samples:
+            yield sample
+            here = consumed()
+            tick(here - done)
+            done = here
+
+
+def build_shard(
+    job: ShardJob,
+    plan: Plan,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    tick: Callable[[int], None] = lambda _: None,
+    keep: Callable[[Sample | Rejected], Sample | Rejected | None] = lambda item: item,
+) -> dict[str, Any]:
+    """Write one shard and return its manifest; its bytes are a function of the job, the options and the tokenizer.
+
+    `keep` may take a part of a sample, or nothing, of what is read.
+    """
+    left_out: list[Rejected] = []
+    outside = 0
+    with ShardWriter(
+        output,
+        job.prefix,
+        tokenizer=tokenizer,
+        build_id=plan.build_id,
+        kind=plan.kind,
+        source=job.recorded(),
+        options=plan.options.recorded(),
+    ) as writer:
+        shard = _Shard(writer, tokenizer, plan.options)
+        with closing(read_job(job, plan.options, tick)) as samples:
+            for sample in filter(None, map(keep, samples)):
+                if isinstance(sample, Sample) and not in_subset(sample, plan.options):
+                    outside += 1
+                    continue
+                refused = [sample] if isinstance(sample, Rejected) else shard.add(sample)
+                left_out += refused
+        for rejected in left_out:
+            writer.quarantined(reason=rejected.reason.partition(":")[0])
+        entries = [{"source": job.source.name, "sample": r.key, "reason": r.reason} for r in left_out]
+        atomic_write(ledger_path(output, job.prefix), json.dumps({"quarantine": entries, "outside_subset": outside}))
+        return writer.finish()
+
+
+def in_subset(sample: Sample, options: BuildOptions) -> bool:
+    """Whether the hash of its image (of its captions, where there is no image) falls into the subset.
+
+    Equal images fall together whatever file they come from, so that disjoint subsets share no image.
+    """
+    if options.whole:
+        return True
+    content = sample.image or "\n".join(caption.text for caption in sample.captions).encode()
+    start, end = options.subset
+    # Scaling a float by 2^64 is exact, dividing the hash by it is not.
+    return start * 2**64 <= xxhash.xxh3_64_intdigest(content) < end * 2**64
+
+
+class _Shard:
+    """Adds samples to a shard's writer: checks the image once, tokenizes every caption."""
+
+    def __init__(self, writer: ShardWriter, tokenizer: Tokenizer, options: BuildOptions) -> None:
+        self._writer, self._tokenizer, self._options = writer, tokenizer, options
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._annotated: bool | None = None
+
+    def add(self, sample: Sample) -> list[Rejected]:
+        """Add the sample's captions; returns what has to go to quarantine instead."""
+        image: dict[str, Any] = {}
+        if self._writer.kind == "pairs":
+            assert sample.image is not None
+            key = xxhash.xxh3_128_hexdigest(sample.image)
+            try:
+                size = self._sizes[key] = self._sizes.get(key) or check_image(sample.image)
+            except ImageError as error:
+                return [Rejected(key=sample.key, reason=f"image {error}")]
+            image = {"image": sample.image, "image_size": size, "image_key": key}
+        return [refused for caption in sample.captions if (refused := self._add_caption(caption, image)) is not None]
+
+    def _add_caption(self, caption: Caption, image: dict[str, Any]) -> Rejected | None:
+        tokenizer, limit = self._tokenizer, self._options.max_sequence
+        if self._options.turns == "all":
+            return self._add_turns(caption, image)
+        ids = [*tokenizer.encode(caption.text), tokenizer.eos_id]
+        if self._options.documents:
+            self._add_document(caption.key, ids)
+            return None
+        # The first caption decides for its shard: a stream of truths must cover every sample or none.
+        if self._annotated is None:
+            self._annotated = caption.words is not None
+        classes = None
+        if self._annotated:
+            if caption.words is None:
+                return Rejected(key=caption.key, reason="no words annotation: the first caption of its file has one")
+            classes = token_classes(tokenizer.token_spans(caption.text, ids[:-1]), caption.words)[:limit]
+        cut = len(ids) > limit
+        self._writer.add(caption.key, ids[:limit], word_class=classes, truncated=cut, **image)
+        return None
+
+    def _add_turns(self, caption: Caption, image: dict[str, Any]) -> Rejected | None:
+        limit = self._options.max_sequence
+        ids, spans = conversation_tokens(self._tokenizer, caption.turns or (Turn(text=caption.text, loss=True),))
+        cut = len(ids) > limit
+        spans = [(start, min(end, limit)) for start, end in spans if start < limit]
+        if not spans:
+            return Rejected(
+                key=caption.key, reason=f"no answer within --max-sequence: {len(ids):,} tokens, {limit:,} fit"
+            )
+        self._writer.add(caption.key, ids[:limit], loss_spans=spans, truncated=cut, **image)
+        return None
+
+    def _add_document(self, key: str, ids: list[int]) -> None:
+        limit = self._options.max_sequence
+        windows = [ids[start : start + limit] for start in range(0, len(ids), limit)]
+        for number, window in enumerate(windows):
+            name = key if len(windows) == 1 else f"{key} part {number}"
+            self._writer.add(name, window, end_document=number == len(windows) - 1)
+
+
+def conversation_tokens(tokenizer: Tokenizer, turns: Sequence[Turn]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a conversation, and the spans of its answers, each with an EOS of its own: where to stop is learnt too.
+
+    Every turn is tokenized alone; a line end closes a prompt.
+    """
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for turn in turns:
+        start = len(ids)
+        ids += tokenizer.encode(turn.text) if turn.loss else tokenizer.encode(turn.text + "\n")
+        if turn.loss:
+            ids.append(tokenizer.eos_id)
+            spans.append((start, len(ids)))
+    # What follows the last answer has no loss and could only take room.
+    return ids[: spans[-1][1]], spans
+
+
+def token_classes(spans: Sequence[tuple[int, int]], words: Words) -> np.ndarray:
+    """uint8 [k] for the tokens at byte `spans` and the closing EOS: the class of the word that fills most of a token.
+
+    0 where no word is. Of two words that fill a token equally the lower class wins.
+    """
+    end = max((end for _, end in spans), default=0)
+    at_byte = np.full(end, 255, np.uint8)
+    for start, stop, value in words:
+        at_byte[max(start, 0) : stop] = value
+    counts = [np.bincount(part[part < 255], minlength=3) for part in (at_byte[start:stop] for start, stop in spans)]
+    return np.array([*(int(count.argmax()) for count in counts), 0], np.uint8)

@@ -1,0 +1,1 @@
+"""The project's own sample: scenes of shapes, web-like captions, and the truth about every word."""

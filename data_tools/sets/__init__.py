@@ -1,0 +1,1 @@
+"""Builds made of builds: split, merge, replay what was refused, bring back a lost index."""

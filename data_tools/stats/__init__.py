@@ -1,0 +1,1 @@
+"""What a shard folder holds: lengths, images, vocabulary, duplicates, and how it packs."""

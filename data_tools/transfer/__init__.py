@@ -1,0 +1,1 @@
+"""Scores of one tokenizer's tokens carried over the bytes to another's."""
