@@ -52,7 +52,7 @@ def near_labels(coarse: np.ndarray, fine: np.ndarray, bits: int) -> np.ndarray:
 
     Exact: no near pair is missed. Of m bands of the coarse hash, D changed bits leave at least m - D untouched, so for some
     choice of m - D bands the two are equal there; pictures are sorted by each choice in turn and compared with those
-    that are equal in it. m is chosen for n. Memory: about 60 bytes a picture.
+    that are equal in it. m is chosen for n. Memory: about 90 bytes a picture beside the hashes.
     """
     order = np.lexsort((fine, coarse))
     coarse, fine = coarse[order], fine[order]
