@@ -80,6 +80,7 @@ def segment_weights(
     scores: Tensor, cu_seqlens: Tensor, keep: Tensor, *, kind: str, alpha: float, length_scale: bool
 ) -> Tensor:
     """Eqs. 3 and 4 over the kept tokens of every segment; arguments and result as in `weights.segment_weights`."""
+    scores, cu_seqlens, keep = scores.contiguous(), cu_seqlens.contiguous(), keep.contiguous()
     weights = torch.zeros_like(scores, dtype=torch.float32)
     segments = cu_seqlens.numel() - 1
     if segments and scores.numel():

@@ -63,6 +63,13 @@ def test_token_weights_are_the_plain_ones(data):
     assert (got[~case[2]] == 0).all()
 
 
+def test_token_weights_of_every_second_score():
+    scores, keep = -torch.rand(40), torch.rand(40) > 0.2
+    case = scores[::2], torch.tensor([0, 99, 7, 99, 20])[::2], keep[::2]
+    options = {"kind": "logprob", "alpha": 1.0, "length_scale": True}
+    torch.testing.assert_close(triton_rows.segment_weights(*case, **options), plain.segment_weights(*case, **options))
+
+
 @DTYPES
 def test_the_gradient_is_left_in_the_memory_of_the_logits(loss_problem, dtype):
     hidden, weight, targets, token_weight = loss_problem(6, 50, 4, dtype=dtype, ignored=(1,), zero=(2,))
