@@ -5,28 +5,26 @@ One sample is a run of neighbours whose names agree up to the first dot: 0000000
 
 from __future__ import annotations
 
-import io
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.readers.captions import record_captions
 from megaprior.data_tools.readers.lines import decode
 from megaprior.data_tools.readers.samples import Rejected, Sample, Unfit, parse_record
 from megaprior.data_tools.readers.streams import DAMAGE
+from megaprior.data_tools.readers.tars import Archive, Member
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_MEMBER_BYTES = 256 << 20
-_BUFFER_BYTES = 128 * tarfile.BLOCKSIZE
 # ValueError: what tarfile raises for some headers that no tar program writes.
 _DAMAGE = (*DAMAGE, tarfile.TarError, ValueError)
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(NamedTuple):
     """One file of the archive; `data` is an Unfit where it was too large to be read."""
 
     name: str
@@ -74,41 +72,35 @@ def read_tar(stream: IO[bytes], options: BuildOptions) -> Iterator[Sample | Reje
 
 
 def _read_members(stream: IO[bytes], options: BuildOptions) -> Iterator[_Member | Rejected | _Damage]:
-    tail = _Tail(stream)
     wanted = {"txt", "json"} if options.text and options.whole else {"txt", "json", *IMAGE_SUFFIXES}
+    archive = Archive(stream)
     try:
-        with tarfile.open(fileobj=tail, mode="r|", bufsize=_BUFFER_BYTES) as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else a large tar keeps every header
-                if not info.isdir():
-                    yield _read_member(tar, info, wanted)
-            # tarfile ends without a word at a broken header; only a block of zeros ends an archive.
-            if not tail.ends_at(tar.offset):
-                yield _Damage("damaged archive: no end mark, so it is cut short or broken here")
+        for member in archive:
+            yield _read_member(archive, member, wanted)
     except _DAMAGE as error:
         yield _Damage(f"damaged archive: {error}")
 
 
-def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, wanted: set[str]) -> _Member | Rejected:
-    name = posixpath.normpath(info.name)
-    if name.startswith("/") or ".." in info.name.split("/"):
-        return Rejected(key=info.name, reason="unsafe name: it leads out of the archive")
-    if not info.isreg():
+def _read_member(archive: Archive, member: Member, wanted: set[str]) -> _Member | Rejected:
+    name, size, info = member
+    folder, base = "", name
+    if "/" in name or name == "..":
+        folder, base = posixpath.split(posixpath.normpath(name))
+        if folder.startswith("/") or ".." in name.split("/"):
+            return Rejected(key=name, reason="unsafe name: it leads out of the archive")
+    if info is not None and not info.isreg():
         kinds = {tarfile.SYMTYPE: "symbolic link", tarfile.LNKTYPE: "hard link", tarfile.FIFOTYPE: "pipe"}
-        return Rejected(key=info.name, reason=f"not a file: {kinds.get(info.type, 'device or unknown type')}")
-    folder, base = posixpath.split(name)
+        return Rejected(key=name, reason=f"not a file: {kinds.get(info.type, 'device or unknown type')}")
     stem, _, suffix = base.partition(".")
     if not stem or not suffix:
-        return Rejected(key=info.name, reason="not a sample's member: its name is not KEY.SUFFIX")
-    key, suffix = posixpath.join(folder, stem), suffix.lower()
+        return Rejected(key=name, reason="not a sample's member: its name is not KEY.SUFFIX")
+    key, suffix = posixpath.join(folder, stem) if folder else stem, suffix.lower()
     if suffix not in wanted:
-        return _Member(info.name, key, suffix, b"")
-    if info.size > MAX_MEMBER_BYTES:
-        limit = f"{info.size:,} bytes, at most {MAX_MEMBER_BYTES:,}"
-        return _Member(info.name, key, suffix, Unfit(f"member too large: {info.name} has {limit}"))
-    file = tar.extractfile(info)
-    assert file is not None  # regular files always have one
-    return _Member(info.name, key, suffix, file.read())
+        return _Member(name, key, suffix, b"")
+    if size > MAX_MEMBER_BYTES:
+        limit = f"{size:,} bytes, at most {MAX_MEMBER_BYTES:,}"
+        return _Member(name, key, suffix, Unfit(f"member too large: {name} has {limit}"))
+    return _Member(name, key, suffix, archive.read(member))
 
 
 def _finish(key: str, members: dict[str, bytes | Unfit], options: BuildOptions) -> Iterator[Sample | Rejected]:
@@ -154,25 +146,3 @@ def _image(members: dict[str, bytes | Unfit], record: dict[str, Any], *, require
     if isinstance(image, Unfit):
         raise image
     return image
-
-
-class _Tail(io.RawIOBase):
-    """A stream that remembers its last two reads, so that the block at which tarfile stopped can be looked at."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._last = (b"", b"")
-        self._position = 0
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self._last = (self._last[1], data)
-        self._position += len(data)
-        return data
-
-    def ends_at(self, offset: int) -> bool:
-        """Whether a whole block of zeros lies at `offset`, counted from the start of the stream."""
-        seen = self._last[0] + self._last[1]
-        start = offset - (self._position - len(seen))
-        block = seen[start : start + tarfile.BLOCKSIZE]
-        return len(block) == tarfile.BLOCKSIZE and not any(block)

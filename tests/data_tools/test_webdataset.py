@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.readers import webdataset
 from megaprior.data_tools.readers.samples import Caption, Rejected, Sample
 from megaprior.data_tools.readers.streams import open_input
+from megaprior.data_tools.readers.tars import Archive
 from megaprior.data_tools.readers.webdataset import read_tar
 
 MakeTar = Callable[..., Path]
@@ -213,3 +214,73 @@ def test_real_archives(shared: Callable[[str], Path], tmp_path: Path) -> None:
     some = read(cut)
     assert some[:-2] == found[: len(some) - 2]
     assert [item.key for item in some[-2:]] == [found[len(some) - 2].key, "(end of archive)"]
+
+
+def described(members: Iterable[tuple[str, bytes]]) -> list[object]:
+    """What an iteration gives, then the error that ends it."""
+    found: list[object] = []
+    try:
+        found.extend(members)
+    except (tarfile.TarError, ValueError) as error:
+        found.append(str(error))
+    return found
+
+
+def by_tarfile(data: bytes) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as tar:
+        for info in tar:
+            file = None if info.isdir() or not info.isreg() else tar.extractfile(info)
+            if not info.isdir():
+                yield info.name, file.read() if file is not None else b""
+        if data[tar.offset : tar.offset + 512] != bytes(512):
+            raise tarfile.ReadError("no end mark, so it is cut short or broken here")
+
+
+def by_archive(data: bytes) -> Iterator[tuple[str, bytes]]:
+    archive = Archive(io.BytesIO(data))
+    for member in archive:
+        regular = member.info is None or member.info.isreg()
+        yield member.name, archive.read(member) if regular else b""
+
+
+def odd_archive(noise: random.Random) -> bytearray:
+    """Some members of every kind and name, then a cut, a changed byte (its checksum often put right), or nothing."""
+    form = noise.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    packed = io.BytesIO()
+    kinds = [*[tarfile.REGTYPE] * 20, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE, b"Z"]
+    with tarfile.open(fileobj=packed, mode="w", format=form) as tar:
+        for number in range(noise.randrange(1, 9)):
+            name = f"{noise.choice(['', '', '', './', '/', '../', 'p/' * 60, 'é'])}{number}.jpg"
+            info = tarfile.TarInfo(name + noise.choice(["", "", "", "", "/"]))
+            info.type, info.size = noise.choice(kinds), noise.choice([0, 3, 512, 513, 70_000])
+            info.mtime = noise.choice([1, 1, 1, 1.5])  # type: ignore[assignment]
+            tar.addfile(info, io.BytesIO(noise.randbytes(info.size)))
+    data = bytearray(packed.getvalue())
+    place = noise.randrange(len(data) // 512) * 512
+    change = noise.randrange(4)
+    if change == 1:
+        del data[place + noise.choice([0, 0, 1, 200]) :]
+    elif change > 1:
+        data[place + noise.choice([0, 99, 100, 107, 130, 135, 136, 147, 150, 155, 156, 257, 329, 345])] = noise.choice(
+            b"\0 /07a"
+        )
+        if change == 3:
+            data[place + 148 : place + 156] = b" " * 8
+            data[place + 148 : place + 156] = b"%06o\0 " % (sum(data[place : place + 512]) % 8**6)
+    return data
+
+
+def test_plain_headers_read_here_are_what_tarfile_makes_of_them() -> None:
+    for seed in range(400):
+        data = bytes(odd_archive(random.Random(seed)))
+        assert described(by_archive(data)) == described(by_tarfile(data)), seed
+
+
+def test_a_size_beyond_any_disk_ends_at_once(make_tar: MakeTar) -> None:
+    path = make_tar("a.tar", GOOD)
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\x80" + b"\x7f" * 11  # as GNU tar writes what eleven octal digits cannot hold
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    assert read(path)[-1] == Rejected(key="(end of archive)", reason="damaged archive: unexpected end of data")
