@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,17 @@ def _stop_on_signals() -> Iterator[None]:
 
 
 @contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the block ends; a process started in it never sees one, not even in the middle of its imports."""
+    resource_tracker.ensure_running()  # starting it later would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def _pool(work: Work, count: int) -> Iterator[list[_Worker]]:
     """`count` workers, gone when the block ends; they end by themselves when this process does, however it does."""
     # Fresh interpreters: a fork would copy the locks of whatever threads the libraries have started here.
@@ -143,7 +154,7 @@ def _pool(work: Work, count: int) -> Iterator[list[_Worker]]:
     fingerprint = work.plan.recorded["tokenizer"]
     pool: list[_Worker] = []
     try:
-        with _environment(_ONE_THREAD):
+        with _environment(_ONE_THREAD), _interrupts_held():
             for number in range(count):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_work, args=(theirs, lean, fingerprint), daemon=True)
@@ -219,7 +230,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _work(pipe: Any, work: Work, fingerprint: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who handed out the jobs ends us
+    # Ctrl-C reaches the whole group; it is held here since the start, and who handed out the jobs ends us.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, ConnectionError):  # the one who handed out the jobs is gone
         try:
