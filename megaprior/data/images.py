@@ -109,7 +109,9 @@ def check_image(data: bytes) -> tuple[int, int]:
 
     def read(picture: ImageFile.ImageFile) -> tuple[int, int]:
         size = _turned_size(picture)
-        _decode(picture, (0, 0))
+        _reduce(picture, (0, 0), 1)
+        picture.load()
+        _flattened(picture)  # as decode_rgb does; only turning it, which nothing can fail, is left out
         return size
 
     return _guarded(data, read)
