@@ -6,8 +6,9 @@ Letters: k tokens of a caption.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from megaprior.files import atomic_write
 from megaprior.tokenizer import Tokenizer
 
 WORKING = ".building"  # folder inside the output while a build is under way
+_TICK_SAMPLES = 16  # asking how far a file is read takes as long as reading a short caption
+_BLOCK_SAMPLES, _BLOCK_LETTERS = 256, 1 << 18  # what is tokenized at once
 
 
 def ledger_path(output: Path, prefix: str) -> Path:
@@ -39,11 +42,12 @@ def read_job(
     options = replace(options, images=job.images)
     with open_samples(job.source, options, start=job.start, end=job.end) as (samples, consumed):
         done = 0
-        for sample in samples:
+        for number, sample in enumerate(samples, 1):
             yield sample
-            here = consumed()
-            tick(here - done)
-            done = here
+            if number % _TICK_SAMPLES == 0:
+                tick((here := consumed()) - done)
+                done = here
+        tick(consumed() - done)
 
 
 def build_shard(
@@ -61,28 +65,46 @@ def build_shard(
     """
     left_out: list[Rejected] = []
     outside = 0
-    with ShardWriter(
-        output,
-        job.prefix,
-        tokenizer=tokenizer,
-        build_id=plan.build_id,
-        kind=plan.kind,
-        source=job.recorded(),
-        options=plan.options.recorded(),
-    ) as writer:
-        shard = _Shard(writer, tokenizer, plan.options)
+    with (
+        _one_thread(),
+        ShardWriter(
+            output,
+            job.prefix,
+            tokenizer=tokenizer,
+            build_id=plan.build_id,
+            kind=plan.kind,
+            source=job.recorded(),
+            options=plan.options.recorded(),
+        ) as writer,
+    ):
+        shard, whole = _Shard(writer, tokenizer, plan.options), plan.options.whole
         with closing(read_job(job, plan.options, tick)) as samples:
             for sample in filter(None, map(keep, samples)):
-                if isinstance(sample, Sample) and not in_subset(sample, plan.options):
+                if isinstance(sample, Rejected) or whole or in_subset(sample, plan.options):
+                    left_out += shard.add(sample)
+                else:
                     outside += 1
-                    continue
-                refused = [sample] if isinstance(sample, Rejected) else shard.add(sample)
-                left_out += refused
+            left_out += shard.flush()
         for rejected in left_out:
             writer.quarantined(reason=rejected.reason.partition(":")[0])
         entries = [{"source": job.source.name, "sample": r.key, "reason": r.reason} for r in left_out]
         atomic_write(ledger_path(output, job.prefix), json.dumps({"quarantine": entries, "outside_subset": outside}))
         return writer.finish()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the tokenizers library, which starts a thread a core for a batch, to this one: workers are the parallelism."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def in_subset(sample: Sample, options: BuildOptions) -> bool:
@@ -99,15 +121,50 @@ def in_subset(sample: Sample, options: BuildOptions) -> bool:
 
 
 class _Shard:
-    """Adds samples to a shard's writer: checks the image once, tokenizes every caption."""
+    """Adds samples to a shard's writer: checks the image once, tokenizes every caption.
+
+    Samples without images wait for each other: some tokenizers are faster on many captions at once.
+    """
 
     def __init__(self, writer: ShardWriter, tokenizer: Tokenizer, options: BuildOptions) -> None:
         self._writer, self._tokenizer, self._options = writer, tokenizer, options
         self._sizes: dict[str, tuple[int, int]] = {}
         self._annotated: bool | None = None
+        self._waiting: list[Sample | Rejected] = []
+        self._letters = 0
 
-    def add(self, sample: Sample) -> list[Rejected]:
-        """Add the sample's captions; returns what has to go to quarantine instead."""
+    def add(self, sample: Sample | Rejected) -> list[Rejected]:
+        """Add the sample's captions, maybe later; returns what has to go to quarantine instead, in order."""
+        if isinstance(sample, Sample):
+            self._letters += sum([len(caption.text) for caption in sample.captions])
+            if self._writer.kind == "pairs":
+                self._waiting.append(sample)
+                return self.flush()
+            if sample.image is not None:  # it decided over the subset and need not be held
+                sample = replace(sample, image=None)
+        self._waiting.append(sample)
+        full = len(self._waiting) >= _BLOCK_SAMPLES or self._letters >= _BLOCK_LETTERS
+        return self.flush() if full else []
+
+    def flush(self) -> list[Rejected]:
+        """Add what waits; returns as `add`."""
+        waiting, self._waiting, self._letters = self._waiting, [], 0
+        if self._options.turns == "all":
+            ids = None
+        else:
+            texts = [caption.text for sample in waiting if isinstance(sample, Sample) for caption in sample.captions]
+            ids = iter(self._tokenizer.encode_batch(texts))
+        left_out: list[Rejected] = []
+        for sample in waiting:
+            if isinstance(sample, Rejected):
+                left_out.append(sample)
+            else:
+                left_out += self._add_sample(sample, ids)
+        return left_out
+
+    def _add_sample(self, sample: Sample, ids: Iterator[list[int]] | None) -> list[Rejected]:
+        """Add a sample; `ids` goes on with those of its captions, except for conversations, whose parts are tokenized."""
+        encoded = [None if ids is None else next(ids) for _ in sample.captions]
         image: dict[str, Any] = {}
         if self._writer.kind == "pairs":
             assert sample.image is not None
@@ -117,13 +174,16 @@ class _Shard:
             except ImageError as error:
                 return [Rejected(key=sample.key, reason=f"image {error}")]
             image = {"image": sample.image, "image_size": size, "image_key": key}
-        return [refused for caption in sample.captions if (refused := self._add_caption(caption, image)) is not None]
+        left_out: list[Rejected] = []
+        for caption, found in zip(sample.captions, encoded, strict=True):
+            refused = self._add_turns(caption, image) if found is None else self._add_caption(caption, found, image)
+            if refused is not None:
+                left_out.append(refused)
+        return left_out
 
-    def _add_caption(self, caption: Caption, image: dict[str, Any]) -> Rejected | None:
-        tokenizer, limit = self._tokenizer, self._options.max_sequence
-        if self._options.turns == "all":
-            return self._add_turns(caption, image)
-        ids = [*tokenizer.encode(caption.text), tokenizer.eos_id]
+    def _add_caption(self, caption: Caption, ids: list[int], image: dict[str, Any]) -> Rejected | None:
+        limit = self._options.max_sequence
+        ids.append(self._tokenizer.eos_id)
         if self._options.documents:
             self._add_document(caption.key, ids)
             return None
@@ -134,9 +194,9 @@ class _Shard:
         if self._annotated:
             if caption.words is None:
                 return Rejected(key=caption.key, reason="no words annotation: the first caption of its file has one")
-            classes = token_classes(tokenizer.token_spans(caption.text, ids[:-1]), caption.words)[:limit]
+            classes = token_classes(self._tokenizer.token_spans(caption.text, ids[:-1]), caption.words)[:limit]
         cut = len(ids) > limit
-        self._writer.add(caption.key, ids[:limit], word_class=classes, truncated=cut, **image)
+        self._writer.add(caption.key, ids[:limit] if cut else ids, word_class=classes, truncated=cut, **image)
         return None
 
     def _add_turns(self, caption: Caption, image: dict[str, Any]) -> Rejected | None:

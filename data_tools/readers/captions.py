@@ -11,14 +11,18 @@ from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.readers.conversations import COLUMNS, Conversation, is_conversation, parse_conversation
 from megaprior.data_tools.readers.samples import Caption, Record, Rejected, Unfit, checked_caption, json_type
 
+_ORDER, _FIRST_ORDER = ("captions", "caption", *COLUMNS), ("caption", "captions", *COLUMNS)
+
 
 def caption_columns(columns: Iterable[str], options: BuildOptions) -> tuple[str, ...]:
     """The columns that hold a record's captions: those asked for, else captions, caption, conversations or messages."""
-    if options.caption_columns:
-        return options.caption_columns
-    there = set(columns)
-    order = ("caption", "captions") if options.captions == "first" else ("captions", "caption")
-    return (next((name for name in (*order, *COLUMNS) if name in there), "caption"),)
+    if asked := options.caption_columns:
+        return asked
+    there = columns if isinstance(columns, dict) else set(columns)
+    for name in _FIRST_ORDER if options.captions == "first" else _ORDER:
+        if name in there:
+            return (name,)
+    return ("caption",)
 
 
 def record_captions(key: str, record: Record, options: BuildOptions) -> tuple[list[Caption], list[Rejected]]:
@@ -30,6 +34,8 @@ def record_captions(key: str, record: Record, options: BuildOptions) -> tuple[li
         Unfit: of a single column: it is missing or of a wrong type, or the `words` annotation does not fit the caption.
     """
     columns = caption_columns(record, options)
+    if len(columns) == 1 and type(text := record.get(columns[0])) is str:  # nearly always, so without detours
+        return [checked_caption(key, text, record.get("words"), keep_blanks=options.documents)], []
     kept: list[Caption] = []
     refused: list[Rejected] = []
     for column in columns:

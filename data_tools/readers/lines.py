@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 from megaprior.data_tools.readers.samples import Unfit
 from megaprior.data_tools.readers.streams import DAMAGE
@@ -13,8 +12,7 @@ MAX_LINE_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One line without its end: `text`, or the `problem` that makes it unusable; `offset` is its first byte in the stream.
 
     `number` counts from 1 at the first line read.
@@ -50,16 +48,13 @@ def read_lines(
                 offset += _skip_line(stream)
                 yield Line(number, here, problem=f"line too long: over {limit >> 20} MiB")
             else:
-                yield _line(raw.removesuffix(b"\n").removesuffix(b"\r"), number, here)
+                try:
+                    line = Line(number, here, decode(raw.removesuffix(b"\n").removesuffix(b"\r")))
+                except Unfit as unfit:
+                    line = Line(number, here, problem=unfit.reason)
+                yield line
     except DAMAGE as error:
         yield Line(number + 1, offset, problem=f"damaged file: the rest is lost ({error})")
-
-
-def _line(raw: bytes, number: int, offset: int) -> Line:
-    try:
-        return Line(number, offset, decode(raw))
-    except Unfit as unfit:
-        return Line(number, offset, problem=unfit.reason)
 
 
 def decode(raw: bytes) -> str:

@@ -28,7 +28,7 @@ class Turn:
     loss: bool
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)  # not frozen: setting each field around the guard takes 3 times as long
 class Caption:
     """One caption; `words` holds (start byte, end byte, class) over its UTF-8 where the truth is known.
 
@@ -41,7 +41,7 @@ class Caption:
     turns: tuple[Turn, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Sample:
     """One source record: its captions and the image they share, as its encoded file; None for text."""
 

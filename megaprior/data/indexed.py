@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from megaprior.data.hashing import BlockHasher
 from megaprior.errors import DataError
-from megaprior.files import BLOCK_BYTES, appearance, atomic_file, block_digests, disk_full_explained
+from megaprior.files import appearance, atomic_file, block_digests, disk_full_explained
 
 __all__ = ["BlockHasher", "IndexedStream", "IndexedWriter", "suffixed", "token_dtype"]
 
@@ -34,6 +34,7 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 
 CODES = {np.dtype(text): code for code, text in DTYPES.items()}
 _UINT16_VOCABULARY = 65_500
 _LONGEST = 2**31 - 1
+_WAITING_BYTES = 1 << 18
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -46,32 +47,11 @@ def suffixed(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
-class BlockHasher:
-    """xxh3-128 of each 64 MiB block of what is written, without reading it again."""
-
-    def __init__(self) -> None:
-        self.bytes, self._done, self._hash = 0, [], xxhash.xxh3_128()
-
-    def update(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        while len(view):
-            part = view[: BLOCK_BYTES - self.bytes % BLOCK_BYTES]
-            self._hash.update(part)
-            self.bytes += len(part)
-            view = view[len(part) :]
-            if self.bytes % BLOCK_BYTES == 0:
-                self._done.append(self._hash.hexdigest())
-                self._hash = xxhash.xxh3_128()
-
-    def blocks(self) -> list[str]:
-        """Digests so far, the unfinished block included; the same as `files.block_digests` of the file."""
-        return [*self._done, self._hash.hexdigest()] if self.bytes % BLOCK_BYTES else list(self._done)
-
-
 class IndexedWriter:
     """Write a stream sequence by sequence; the two files appear under their names in `finish`, .bin first.
 
-    Memory: 12 bytes a sequence. Used as a context manager it aborts unless `finish` was called.
+    Memory: 12 bytes a sequence, and up to 256 KiB that wait: a hash and a write for each short sequence would cost more
+    than all else. Used as a context manager it aborts unless `finish` was called.
     """
 
     def __init__(self, prefix: Path | str, dtype: Any) -> None:
@@ -81,7 +61,8 @@ class IndexedWriter:
                 f"{prefix}: dtype {self.dtype} has no code in this format; use one of {sorted(map(str, CODES))}"
             )
         self._lengths, self._pointers, self._documents = array("i"), array("q"), array("q", [0])
-        self._hasher = BlockHasher()
+        self._itemsize, self._hasher = self.dtype.itemsize, BlockHasher()
+        self._waiting, self._end = bytearray(), 0  # neither hashed nor written yet; where the next sequence begins
         self._stack = ExitStack()
         self._file = self._stack.enter_context(atomic_file(suffixed(self.prefix, ".bin")))
 
@@ -114,14 +95,32 @@ class IndexedWriter:
             self._lengths.append(self._lengths[alias])
             self._pointers.append(self._pointers[alias])
             return len(self) - 1
+        if type(sequence) is bytes and self._itemsize == 1 and len(sequence) <= _LONGEST:
+            return self.append(sequence, len(sequence))
         data = np.ascontiguousarray(self._cast(sequence))
-        pointer = self._hasher.bytes
-        with disk_full_explained(self.prefix, data.nbytes):
-            self._file.write(data.data)
-        self._hasher.update(data.data)
-        self._lengths.append(data.size)
-        self._pointers.append(pointer)
-        return len(self) - 1
+        return self.append(data.data, data.size)
+
+    def append(self, data: Any, length: int) -> int:
+        """`add` of what is known to fit: `length` elements, whose buffer is what goes to disk; raises for a full disk."""
+        size = length * self._itemsize
+        if len(self._waiting) + size <= _WAITING_BYTES:
+            self._waiting += memoryview(data)  # numpy would take += for its own
+        else:
+            self._write_waiting()
+            self._write(data)
+        self._lengths.append(length)
+        self._pointers.append(self._end)
+        self._end += size
+        return len(self._lengths) - 1
+
+    def _write_waiting(self) -> None:
+        self._write(self._waiting)
+        self._waiting = bytearray()
+
+    def _write(self, data: Any) -> None:
+        with disk_full_explained(self.prefix, memoryview(data).nbytes):
+            self._file.write(data)
+        self._hasher.update(data)
 
     def _cast(self, sequence: Any) -> np.ndarray:
         if isinstance(sequence, bytes | bytearray | memoryview):
@@ -140,12 +139,13 @@ class IndexedWriter:
 
     def end_document(self) -> None:
         """The sequences added since the last call form one document."""
-        self._documents.append(len(self))
+        self._documents.append(len(self._lengths))
 
     def finish(self) -> dict[str, Any]:
         """Commit both files and return the stream's entry in a manifest."""
         if self._documents[-1] != len(self):
             self.end_document()
+        self._write_waiting()
         self._stack.close()
         index = suffixed(self.prefix, ".idx")
         with atomic_file(index) as file:

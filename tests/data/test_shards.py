@@ -21,7 +21,7 @@ from megaprior.data import manifest as mf
 from megaprior.data.indexed import IndexedWriter
 from megaprior.data.shards import ScoreWriter, Shard, ShardSet, ShardWriter, verify, write_build
 from megaprior.errors import DataError
-from megaprior.files import digest_json, write_manifest
+from megaprior.files import block_digests, digest_json, write_manifest
 from megaprior.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 CAPTIONS = ([10, 11, 12, 2], [20, 2], [10, 30, 31, 2], [40, 41, 42, 43, 2], [20, 50, 2])
@@ -145,6 +145,35 @@ def test_text_of_several_sequences_a_document_and_loss_spans(tmp_path: Path, tok
     assert shards.image_sizes is None
     assert not shards.has_word_class
     assert verify(tmp_path) == []
+
+
+def test_lists_and_arrays_of_any_length_give_the_same_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lengths = [3, 1, 200_000, 2, 131_072, 5, *[700] * 500]  # shorter and longer than what waits to be written
+    samples = [np.random.default_rng(k).integers(0, tokenizer.vocab_size, k) for k in lengths]
+    for name, given in (("lists", np.ndarray.tolist), ("arrays", np.asarray), ("stored", lambda ids: ids.astype("u2"))):
+        with ShardWriter(
+            tmp_path / name, "00000", tokenizer=tokenizer, build_id="b", kind="text", source={}, options={}
+        ) as writer:
+            assert [writer.add(str(i), given(ids)) for i, ids in enumerate(samples)] == list(range(len(samples)))
+            writer.finish()
+    assert contents(tmp_path / "lists") == contents(tmp_path / "arrays") == contents(tmp_path / "stored")
+    shard = Shard.open(tmp_path / "lists", "00000")
+    assert [stream.tolist() for stream in map(shard.streams["tokens"].__getitem__, range(len(samples)))] == [
+        ids.tolist() for ids in samples
+    ]
+    assert shard.manifest["streams"]["tokens"]["bin"]["blocks"] == block_digests(tmp_path / "lists/00000.tokens.bin")
+
+
+@pytest.mark.parametrize("bad", [[-1], [32_000], [3, 70_000], [3, -1], [1.5], [3, 1.5], [True], ["a"], [3, [4]], []])
+def test_a_list_of_no_ids_is_refused_at_once_by_name(tmp_path: Path, tokenizer: Tokenizer, bad: list) -> None:
+    with ShardWriter(
+        tmp_path, "00000", tokenizer=tokenizer, build_id="b", kind="text", source={}, options={}
+    ) as writer:
+        writer.add("good", [3, 2])
+        with pytest.raises((DataError, ValueError), match=r"sample 1 \(key bad\)|inhomogeneous"):
+            writer.add("bad", bad)
+        writer.add("good too", [4, 2])
+        assert writer.finish()["counts"]["samples"] == 2
 
 
 def test_a_shard_without_samples_takes_no_index(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -353,7 +382,7 @@ def test_a_full_disk_is_named_and_leaves_complete_shards_alone(
 
     with small_disk(tmp_path, "1m"):
         write("00000", 3)
-        with pytest.raises(DataError, match=r"disk full \(1,000 bytes needed, [\d,]+ bytes free\)"):
+        with pytest.raises(DataError, match=r"disk full \([\d,]+ bytes needed, [\d,]+ bytes free\)"):
             write("00001", 3000)
         assert len(Shard.open(tmp_path, "00000")) == 3
         assert not [name for name in os.listdir(tmp_path) if "00001" in name]
