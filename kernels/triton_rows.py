@@ -50,7 +50,7 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, factor: Tensor, nll: Ten
 
     Args:
         logits: (n, V) float32 or bfloat16, columns contiguous, rows strided as you like.
-        targets: (n,) int64; negative means none: nll 0, and the row becomes 0.
+        targets: (n,) int64; negative means none: nll 0, and the row becomes 0. V or above makes the nll NaN.
         factor: (n,) float32. Where it is 0 the row becomes 0, whatever was in it.
         nll: (n,) float32, written.
     """
@@ -149,7 +149,8 @@ def cross_entropy_kernel(
         if GRADIENT:
             _store_zeros(row, vocabulary, BLOCK)
     else:
-        at_target = tl.load(row + target).to(tl.float32)
+        # A target beyond the vocabulary makes its nll NaN: nothing beside the row is read, and the loss tells.
+        at_target = tl.load(row + target, mask=target < vocabulary, other=float("nan")).to(tl.float32)
         lanes = tl.arange(0, BLOCK)
         whole = vocabulary // BLOCK * BLOCK
         largest = tl.full((), LOWEST, tl.float32)

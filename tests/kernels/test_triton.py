@@ -113,6 +113,11 @@ def test_padding_between_rows_is_nobodys(dtype, gradient):
         assert (logits[[1, 3]] == 0).all()
 
 
+def test_a_target_beyond_the_vocabulary_tells():
+    logits = torch.zeros(2, 9)
+    assert rows_of(logits, torch.tensor([9, 3]), torch.ones(2)).isnan().tolist() == [True, False]
+
+
 def test_rows_of_weight_zero_become_zero_whatever_was_in_them():
     logits = torch.full((2, 9), math.nan)
     rows_of(logits, torch.tensor([1, -1]), torch.zeros(2))
