@@ -40,7 +40,8 @@ def weighted_cross_entropy(
 
     Args:
         logits: (N, V). May be overwritten when they require a gradient.
-        targets: (N,) int64 (int32 is taken too), in [0, V) or `ignore_index`; the range is checked on the CPU only.
+        targets: (N,) int64 (int32 is taken too), in [0, V) or `ignore_index`. The range is checked on the CPU; on a
+            GPU, "triton" and "cuda" give NaN for a target beyond it.
         token_weight: (N,), used in float32, not differentiated. None means 1 everywhere, bit for bit. A weight of 0
             drops the token's gradient, never its nll. Values at ignored positions are not looked at.
         denominator: a finite number or a 0-d tensor, at least 1. None: the number of targets that are not ignored. A
