@@ -17,6 +17,15 @@ if not torch.cuda.is_available():  # read when a kernel is defined, so before an
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def _threads_as_they_were() -> Iterator[None]:
+    """What a test computes bit for bit may not depend on how many threads another one asked for."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """`shared("flickr8k_tars")` is that folder of real inputs beside the repository; skips, naming it, where it is absent."""
