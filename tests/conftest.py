@@ -14,16 +14,16 @@ import torch
 if not torch.cuda.is_available():  # read when a kernel is defined, so before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+_THREADS = torch.get_num_threads()
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
 def _threads_as_they_were() -> Iterator[None]:
-    """What a test computes bit for bit may not depend on how many threads another one asked for."""
-    before = torch.get_num_threads()
+    """What a test computes bit for bit may not depend on how many threads an earlier one, or its fixtures, asked for."""
     yield
-    if torch.get_num_threads() != before:
-        torch.set_num_threads(before)
+    if torch.get_num_threads() != _THREADS:
+        torch.set_num_threads(_THREADS)
 
 
 @pytest.fixture(scope="session")
