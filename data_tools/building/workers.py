@@ -24,6 +24,7 @@ from typing import Any
 from megaprior.data_tools.building.folder import sweep
 from megaprior.data_tools.building.plan import Plan, ShardJob
 from megaprior.data_tools.building.sharding import build_shard
+from megaprior.data_tools.pool import end_with_parent
 from megaprior.errors import DataError, MegapriorError, Requeue
 from megaprior.tokenizer import Tokenizer, load_tokenizer
 
@@ -231,7 +232,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _work(pipe: Any, work: Work, fingerprint: str) -> None:
     # Ctrl-C reaches the whole group; it is held here since the start, and who handed out the jobs ends us.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     with suppress(EOFError, ConnectionError):  # the one who handed out the jobs is gone
         try:
             _serve(pipe, work, fingerprint)
@@ -251,10 +252,3 @@ def _serve(pipe: Any, work: Work, fingerprint: str) -> None:
         build_shard(pipe.recv(), work.plan, words, work.output, tick=tick)
         tick.flush()
         pipe.send(("done", None))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

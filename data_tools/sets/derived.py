@@ -25,7 +25,7 @@ from megaprior.data_tools.building.join import commit
 from megaprior.data_tools.building.plan import RECIPE, Plan
 from megaprior.data_tools.building.sharding import ledger_path
 from megaprior.data_tools.options import BuildOptions
-from megaprior.data_tools.sets.pool import each
+from megaprior.data_tools.pool import each
 from megaprior.errors import DataError
 from megaprior.files import BLOCK_BYTES, atomic_write, block_digests, digest_json
 from megaprior.telemetry import progress, say

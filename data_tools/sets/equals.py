@@ -9,8 +9,8 @@ import numpy as np
 import xxhash
 
 from megaprior.data.shards import Shard
+from megaprior.data_tools.pool import each
 from megaprior.data_tools.sets.derived import document_bytes, units_of
-from megaprior.data_tools.sets.pool import each
 from megaprior.telemetry import progress, say
 
 _DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])

@@ -22,8 +22,8 @@ from megaprior.data_tools.building.join import QUARANTINE, commit
 from megaprior.data_tools.building.plan import Plan, ShardJob, make_plan, shard_prefix
 from megaprior.data_tools.building.sharding import WORKING, build_shard
 from megaprior.data_tools.options import BuildOptions
+from megaprior.data_tools.pool import each
 from megaprior.data_tools.readers.samples import Rejected, Sample
-from megaprior.data_tools.sets.pool import each
 from megaprior.errors import DataError, UsageError
 from megaprior.files import digest_json
 from megaprior.telemetry import progress, say

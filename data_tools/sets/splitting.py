@@ -21,6 +21,7 @@ import numpy as np
 from megaprior.data import manifest as mf
 from megaprior.data.shards import Shard, ShardSet
 from megaprior.data_tools.building.plan import Plan
+from megaprior.data_tools.pool import each
 from megaprior.data_tools.sets.derived import (
     Piece,
     copy_samples,
@@ -32,7 +33,6 @@ from megaprior.data_tools.sets.derived import (
     write_derived,
 )
 from megaprior.data_tools.sets.nearness import MOST_BITS
-from megaprior.data_tools.sets.pool import each
 from megaprior.data_tools.sets.sides import UNIT, Cut, Subset, cut, hash_units, targets
 from megaprior.errors import DataError, UsageError
 from megaprior.files import atomic_write, fsync_folder, owner_lock, write_manifest

@@ -11,22 +11,18 @@ the same.
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megaprior.data.scores import open_scores
+from megaprior.data_tools.pool import WorkerDied, each
 from megaprior.data_tools.transfer.shard import REASONS, Request, Transfer
 from megaprior.errors import MegapriorError, UsageError
 from megaprior.files import owner_lock
@@ -87,41 +83,15 @@ def _each(work: Transfer, request: Request, places: list[int], workers: int) -> 
             work.shard(at)
             yield at
         return
-    with _pool(request, min(workers, len(places))) as pool:
-        yield from pool.map(_work, places)
-
-
-@contextmanager
-def _pool(request: Request, workers: int) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (request, os.getpid()))
     try:
-        yield pool
-    except BrokenProcessPool:
-        raise MegapriorError(
-            f"{request.target}: a worker process died (killed, or out of memory); finished shards are kept, repeat the "
-            "command with fewer --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        yield from each(partial(_transfer, request), places, workers=workers)
+    except WorkerDied as death:
+        raise MegapriorError(f"{request.target}: {death}") from None
 
 
-_mine: Transfer | None = None  # of a worker process
+_opened = cache(Transfer)  # once in each worker process
 
 
-def _begin(request: Request, parent: int) -> None:
-    global _mine
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-    _mine = Transfer(request)
-
-
-def _work(at: int) -> int:
-    assert _mine is not None
-    _mine.shard(at)
+def _transfer(request: Request, at: int) -> int:
+    _opened(request).shard(at)
     return at
-
-
-def _end_with_parent(parent: int) -> None:
-    """A killed command must not leave workers behind, who would write beside the one that repeats it."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 from megaprior.errors import MegapriorError
@@ -17,20 +16,24 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class WorkerDied(MegapriorError):
+    """A worker process ended without a word."""
+
+
 def each(work: Callable[[Item], Result], items: Sequence[Item], *, workers: int) -> Iterator[Result]:
     """`work(item)` for each item, in their order. What goes to other processes is pickled: a function of a module.
 
     Raises:
-        MegapriorError: a worker process died; what `work` has finished on disk is kept.
+        WorkerDied: what `work` has finished on disk is kept.
     """
     if min(workers, len(items)) <= 1:
         yield from map(work, items)
         return
-    pool = ProcessPoolExecutor(min(workers, len(items)), get_context("spawn"), _begin, (os.getpid(),))
+    pool = ProcessPoolExecutor(min(workers, len(items)), get_context("spawn"), end_with_parent)
     try:
         yield from pool.map(work, items)
     except BrokenProcessPool:
-        raise MegapriorError(
+        raise WorkerDied(
             "a worker process died (killed, or out of memory); finished shards are kept, repeat the command, "
             "with fewer --workers"
         ) from None
@@ -38,12 +41,14 @@ def each(work: Callable[[Item], Result], items: Sequence[Item], *, workers: int)
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int) -> None:
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+def end_with_parent() -> None:
+    """Called by a worker process when it begins: a killed command must not leave workers behind, who would write beside the
+    one that repeats it."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
-    """A killed command must not leave workers behind, who would write beside the one that repeats it."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
+def _wait_for_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()  # returns at once when it ends, however it ends
     os._exit(1)
