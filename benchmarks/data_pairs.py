@@ -6,6 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from benchmarks.data_bare import CHECKS
 from benchmarks.data_case import Arm, Case, take_turns
 from benchmarks.data_child import run_json
 from benchmarks.data_inputs import first_records
@@ -14,6 +15,7 @@ FEW = 10  # records; what a build of so few takes is called start-up
 SLACK = 1.25  # "at most 25% slower": of the time per pair
 _ARMS = {
     "ours": "megaprior-data build --workers 1: every image read to its end, keys, digests, manifests, fsync",
+    "ours, header": "the same with --check header: of an image, as in the bare loop, the header alone",
     "bare": "tarfile, image header and EXIF, json, tokenizer, write; nothing is checked or synced",
     "bare, decode": "the same, and every image decoded: what it costs to know that images are whole",
 }
@@ -35,7 +37,7 @@ def pairs_case(options: argparse.Namespace, name: str, tars: list[Path], tokeniz
         f"{FEW} records. Each round compares token ids, lengths, image sizes and image bytes.",
         target="at most 25% slower per core than the bare loop",
         least=1 / SLACK,
-        arms=[Arm(arm, what, ours=arm == "ours", base=arm == "bare") for arm, what in _ARMS.items()],
+        arms=[Arm(arm, what, ours=arm in CHECKS, base=arm == "bare") for arm, what in _ARMS.items()],
     )
     folder = options.work / "pairs"
     few = first_records(tars[0], options.work / f"few_{name}.tar", FEW)

@@ -38,18 +38,26 @@ def best_peer(case: dict[str, Any]) -> dict[str, Any] | None:
     return max(peers, key=lambda arm: statistics.median(rates(arm)), default=None)
 
 
-def verdict(case: dict[str, Any]) -> tuple[bool | None, str]:
-    """(whether the target held, or None where it could not be judged; in words)."""
-    ours, peer = next(iter(measured(case, ours=True)), None), best_peer(case)
-    if ours is None or peer is None:
-        return None, "not judged: nothing to compare with"
-    low, centre, high = quartiles(ratios(ours, peer))
-    return centre >= case["least"], f"{centre:.2f}x of {peer['name']} ({low:.2f}-{high:.2f})"
+def verdicts(case: dict[str, Any]) -> list[tuple[str, bool | None, str]]:
+    """Of each of our arms (its name, whether the target held or None where it cannot be judged, in words)."""
+    arms, peer = measured(case, ours=True), best_peer(case)
+    if not arms or peer is None:
+        return [("", None, "not judged: nothing to compare with")]
+    found = []
+    for arm in arms:
+        low, centre, high = quartiles(ratios(arm, peer))
+        found.append((arm["name"], centre >= case["least"], f"{centre:.2f}x of {peer['name']} ({low:.2f}-{high:.2f})"))
+    return found
 
 
 def targets(result: dict[str, Any]) -> list[tuple[str, str, bool | None, str]]:
     """(what, wanted, held, found) of every target."""
-    lines = [(case["title"], case["target"], *verdict(case)) for case in result["cases"] if case["least"] is not None]
+    lines = [
+        (f"{case['title']}: {name}" if name not in ("", "ours") else case["title"], case["target"], held, text)
+        for case in result["cases"]
+        if case["least"] is not None
+        for name, held, text in verdicts(case)
+    ]
     if found := result.get("opening"):
         rounds = found["rounds"]
         seconds, memory = middle(rounds, "cpu_s"), middle(rounds, "extra_bytes") / 1e6

@@ -11,6 +11,7 @@ from megaprior.errors import UsageError
 FORMATS = ("webdataset", "parquet", "arrow", "jsonl", "csv", "tsv", "json", "text")
 CAPTIONS = ("all", "first", "random")
 TURNS = ("one", "all")
+CHECKS = ("whole", "header")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class BuildOptions:
     `caption_column` is a name or several; None means "captions" (a list) where a record has it, else "caption", else a
     conversation. `turns` "all" builds conversations whole, with loss on the answers; "one" takes the single answer for a
     caption. `subset` keeps the samples whose content hash, as a fraction of 2^64, lies in [start, end). `images` is the
-    folder image names are relative to, `split` the split of a Hugging Face folder.
+    folder image names are relative to, `split` the split of a Hugging Face folder. `check` says how much of an image is read
+    before it enters a shard: all of it, or its header.
     """
 
     format: str = "auto"
@@ -32,6 +34,7 @@ class BuildOptions:
     split: str | None = None
     max_sequence: int = 2048
     subset: tuple[float, float] = (0.0, 1.0)
+    check: str = "whole"
     text: bool = False
     documents: bool = False
     text_shard_bytes: int = 256 << 20
@@ -44,6 +47,8 @@ class BuildOptions:
             raise UsageError(f"--captions {self.captions}: expected {', '.join(CAPTIONS)}")
         if self.turns not in TURNS:
             raise UsageError(f"--turns {self.turns}: expected {', '.join(TURNS)}")
+        if self.check not in CHECKS:
+            raise UsageError(f"--check {self.check}: expected {', '.join(CHECKS)}")
         if len(set(self.caption_columns)) < len(self.caption_columns):
             raise UsageError(f"--caption-column {' '.join(self.caption_columns)}: a column is named twice")
         if self.turns == "all" and self.documents:
@@ -69,7 +74,10 @@ class BuildOptions:
 
     def recorded(self) -> dict[str, Any]:
         """The options as manifests and the build id hold them: no absolute path, no host, no time."""
+        # What came later is recorded only where it was asked for: builds made before keep their id.
+        later = {} if self.check == "whole" else {"check": self.check}
         return {
+            **later,
             "captions": self.captions,
             "caption_column": list(self.caption_columns) or None,
             "documents": self.documents,

@@ -113,7 +113,10 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """Which parts of two plans differ, in words."""
     changed = [name for name in ("recipe", "kind", "tokenizer", "sources") if ours.get(name) != theirs.get(name)]
     one, two = ours["options"], theirs.get("options", {})
-    changed += [f"{name} {two.get(name)!r} there, {one[name]!r} now" for name in one if one[name] != two.get(name)]
+    for name in [*one, *(name for name in two if name not in one)]:
+        there, now = (side.get(name, getattr(BuildOptions, name, None)) for side in (two, one))
+        if there != now:
+            changed.append(f"{name} {there!r} there, {now!r} now")
     return "; ".join(changed)
 
 

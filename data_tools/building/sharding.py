@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megaprior.data.images import ImageError, check_image
+from megaprior.data.images import ImageError, check_image, probe_size
 from megaprior.data.shards import ShardWriter
 from megaprior.data_tools.building.plan import Plan, ShardJob
 from megaprior.data_tools.options import BuildOptions
@@ -128,6 +128,7 @@ class _Shard:
 
     def __init__(self, writer: ShardWriter, tokenizer: Tokenizer, options: BuildOptions) -> None:
         self._writer, self._tokenizer, self._options = writer, tokenizer, options
+        self._check = check_image if options.check == "whole" else probe_size
         self._sizes: dict[str, tuple[int, int]] = {}
         self._annotated: bool | None = None
         self._waiting: list[Sample | Rejected] = []
@@ -170,7 +171,7 @@ class _Shard:
             assert sample.image is not None
             key = xxhash.xxh3_128_hexdigest(sample.image)
             try:
-                size = self._sizes[key] = self._sizes.get(key) or check_image(sample.image)
+                size = self._sizes[key] = self._sizes.get(key) or self._check(sample.image)
             except ImageError as error:
                 return [Rejected(key=sample.key, reason=f"image {error}")]
             image = {"image": sample.image, "image_size": size, "image_key": key}

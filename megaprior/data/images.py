@@ -6,6 +6,7 @@ Letters: P patches.
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 from collections.abc import Callable
@@ -155,25 +156,30 @@ def _format(data: bytes) -> str:
     )
 
 
-def _guarded(data: bytes, use: Callable[[ImageFile.ImageFile], _Result]) -> _Result:
-    """Open `data` with the one plugin of its format, check its size, hand it to `use`.
-
-    Image.open is passed by: it would try every plugin, and warns of large images before they can be refused.
-    """
+@functools.cache
+def _plugins() -> dict[str, type[ImageFile.ImageFile]]:
+    """Pillow's reader of each format; imported once, when the first image comes."""
     from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-    plugins = {
+    return {
         "jpeg": JpegImagePlugin.JpegImageFile,
         "png": PngImagePlugin.PngImageFile,
         "webp": WebPImagePlugin.WebPImageFile,
         "gif": GifImagePlugin.GifImageFile,
         "bmp": BmpImagePlugin.BmpImageFile,
     }
+
+
+def _guarded(data: bytes, use: Callable[[ImageFile.ImageFile], _Result]) -> _Result:
+    """Open `data` with the one plugin of its format, check its size, hand it to `use`.
+
+    Image.open is passed by: it would try every plugin, and warns of large images before they can be refused.
+    """
     name = _format(data)
     try:
         if name == "webp":
             _refuse_bomb(_webp_size(data))  # this plugin allocates the whole canvas when it opens
-        with plugins[name](io.BytesIO(data)) as picture:
+        with _plugins()[name](io.BytesIO(data)) as picture:
             _refuse_bomb(picture.size)
             return use(picture)
     except ImageError:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import data
 from benchmarks.data_case import Arm, Case, checked, take_turns
 from benchmarks.data_child import Failed, run
-from benchmarks.data_report import markdown, measured, verdict
+from benchmarks.data_report import markdown, measured, verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,7 +57,7 @@ def test_the_table_follows_from_the_raw_samples(quick: tuple[dict, Path]) -> Non
     decoding["rounds"] = []
     ours["rounds"] = [{"amount": 100, "cpu_s": s, "wall_s": 2 * s} for s in (1.0, 2.0, 4.0)]
     bare["rounds"] = [{"amount": 100, "cpu_s": s, "wall_s": 2 * s} for s in (0.9, 1.6, 2.0)]
-    assert verdict(found) == (True, "0.80x of bare (0.65-0.85)")
+    assert verdicts(found) == [("ours", True, "0.80x of bare (0.65-0.85)")]
     text = markdown({**result, "cases": [found]})
     assert "| **ours** | 50 (38-75) | 25 |" in text
     assert "| bare | 62 (56-87) | 31 | 0.80x (0.65-0.85) |" in text
@@ -77,7 +77,7 @@ def test_an_arm_with_other_content_is_refused_and_not_timed() -> None:
     assert [len(arm.rounds) for arm in arms] == [3, 0, 0]
     assert "its content is not ours" in arms[1].refused
     assert arms[2].not_run == "no such module"
-    assert verdict(found.recorded()) == (None, "not judged: nothing to compare with")
+    assert verdicts(found.recorded()) == [("", None, "not judged: nothing to compare with")]
 
 
 def test_arms_that_fail_on_the_way_leave_no_figure() -> None:

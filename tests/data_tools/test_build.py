@@ -73,6 +73,16 @@ def test_another_build_is_not_mixed_in(run: Callable[..., dict], tmp_path: Path)
     assert tree(tmp_path / "out") == before
 
 
+def test_an_option_that_is_recorded_only_when_asked_for_is_told_apart(
+    run: Callable[..., dict], text: Path, tmp_path: Path
+) -> None:
+    text.write_text(" \n" * 5)
+    assert "check" not in BuildOptions().recorded()
+    for check, told in (("header", "no sample is left"), ("whole", r"\(check 'header' there, 'whole' now\)")):
+        with pytest.raises(DataError, match=told):
+            run(tmp_path / "out", check=check)
+
+
 def test_foreign_folders_are_left_alone(run: Callable[..., dict], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")

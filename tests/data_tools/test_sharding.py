@@ -16,6 +16,7 @@ from megaprior.data_tools.building.build import build
 from megaprior.data_tools.building.sharding import in_subset, token_classes
 from megaprior.data_tools.options import BuildOptions
 from megaprior.data_tools.readers.samples import Caption, Sample
+from megaprior.data_tools.sets.quarantining import recorded_options
 from megaprior.errors import DataError
 from megaprior.tokenizer import Tokenizer
 
@@ -103,6 +104,24 @@ def test_bad_images_are_quarantined_with_a_reason(
     manifest = shards.shards[0].manifest
     assert manifest["quarantine"] == dict.fromkeys(reasons, 1)
     assert manifest["counts"]["quarantined"] == shards.build["counts"]["quarantined"] == 6
+
+
+def test_a_header_alone_lets_an_image_through_that_breaks_off_and_nothing_else(
+    built: Callable[..., ShardSet], make_tar: MakeTar, picture: Callable[..., bytes]
+) -> None:
+    large = picture(1, width=200, height=100)
+    images = {"cut": large[:-300], "page": b"<html>404</html>", "good": large}
+    tar = make_tar(
+        "a.tar", [pair for n, data in images.items() for pair in ((f"{n}.jpg", data), (f"{n}.txt", b"dogs"))]
+    )
+    shards = built(tar, check="header")
+    assert [shards.key(index) for index in range(len(shards))] == ["cut", "good"]
+    assert shards.image_sizes is not None
+    assert shards.image_sizes.tolist() == [[200, 100]] * 2
+    assert [entry["reason"].partition(":")[0] for entry in quarantine(shards)] == ["image html"]
+    manifest = shards.shards[0].manifest
+    assert manifest["options"]["check"] == "header"
+    assert recorded_options(manifest["options"]).check == "header"
 
 
 def test_a_long_caption_is_cut_and_loses_its_eos(
