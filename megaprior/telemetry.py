@@ -1,17 +1,21 @@
-"""What a run tells: plain lines, progress, and metrics in JSON lines with TensorBoard on top. Nothing phones home."""
+"""What a run tells: plain lines, progress, and metrics in JSON lines with trackers on top. Nothing phones home."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from megaprior.files import disk_full_explained
 
 _LINE_EVERY_S = 10.0
+_NUMBERS_ONLY = ("train", "eval")  # kinds whose values others reckon with
 
 
 def say(message: str) -> None:
@@ -74,45 +78,74 @@ def progress(total: int | None, description: str, unit: str) -> Iterator[Progres
         yield shown
 
 
-class MetricsLog:
-    """Appends one JSON object per line to `folder/metrics.jsonl`; numbers also go to TensorBoard where it is installed.
+class Tracker(Protocol):
+    """Shows the lines of metrics.jsonl somewhere else. What it raises costs the run nothing but this tracker."""
 
-    Every line is flushed, so that a killed run leaves a complete log. TensorBoard is a convenience: when it is missing or
-    its folder cannot be written, the run goes on and says so once.
-    """
-
-    def __init__(self, folder: Path | str) -> None:
-        self.path = Path(folder) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._board = _tensorboard(Path(folder) / "tensorboard")
+    name: str
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append `values`; "kind" and "step" name the TensorBoard series and its position."""
-        self._file.write(json.dumps(values, allow_nan=False, default=str) + "\n")
-        self._file.flush()
-        if self._board is None or "step" not in values:
-            return
-        try:
-            for name, value in values.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(f"{values.get('kind', 'run')}/{name}", value, values["step"])
-        except Exception as error:  # whatever its writer thread met: a full disk, a folder that is gone
-            self._board = None
-            say(f"TensorBoard is off from here on ({error}); {self.path} is complete without it")
+        """Show one line."""
+        ...
 
     def close(self) -> None:
-        """Close both logs."""
+        """Show what is still on its way, and end."""
+        ...
+
+
+class MetricsLog:
+    """Appends one JSON object per line to `folder/metrics.jsonl`, and hands it to the trackers.
+
+    Every line is on its way to the disk when `write` returns, so that a killed run leaves a complete log. Trackers are a
+    convenience: one that fails is dropped, which is said once.
+    """
+
+    def __init__(self, folder: Path | str, trackers: Sequence[Tracker] = ()) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._trackers = list(trackers)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append `values`: "kind" says what the line is about (train, eval, save, skip, spike, warn, ...), "step" when it was.
+
+        Raises:
+            ValueError: a number of a line of kind train or eval, or of no kind, is not finite; other kinds have it as text.
+            DataError: the disk is full.
+        """
+        if values.get("kind", "train") not in _NUMBERS_ONLY:
+            values = {name: _finite(value) for name, value in values.items()}
+        line = memoryview((json.dumps(values, allow_nan=False, default=_plain) + "\n").encode())
+        with disk_full_explained(self.path, len(line)):
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        self._tell("write", values)
+
+    def close(self) -> None:
+        """Close the log and its trackers."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._tell("close")
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # whatever a foreign library meets: a full disk, a folder that is gone, a bug
+                self._trackers.remove(tracker)
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                say(f"{tracker.name} is off from here on ({reason}); {self.path} is complete without it")
 
 
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's own; anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
-        return SummaryWriter(str(folder))
-    except (ImportError, OSError) as error:
-        say(f"TensorBoard is off ({error}); metrics.jsonl is complete without it")
-        return None
+
+def _finite(value: Any) -> Any:
+    """`value` with "nan", "inf" and "-inf" in the place of numbers that JSON has no word for."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

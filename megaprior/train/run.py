@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
+from megaprior.config import dump_config
 from megaprior.distributed import Peers, Watchdog, connect, digest, place
 from megaprior.models.clip import Clip
 from megaprior.telemetry import MetricsLog, say
+from megaprior.trackers import open_trackers
 from megaprior.train import assembly
 from megaprior.train.checkpoint import Checkpoint
 from megaprior.train.evaluation import HeldOut
@@ -127,7 +128,7 @@ def _train(
         peers=peers,
         watchdog=watchdog,
         signals=signals,
-        log=_metrics(cfg.out, start, stack) if here.rank == 0 else None,
+        log=_metrics(cfg, start, stack) if here.rank == 0 else None,
         evaluate=lambda: heldout.measure(engine) if heldout else {},
         save=save,
     )
@@ -135,8 +136,8 @@ def _train(
         write_summary(cfg, saved[0])
 
 
-def _metrics(out: Path, step: int, stack: ExitStack) -> MetricsLog:
-    truncate_metrics(out / "metrics.jsonl", step)
-    log = MetricsLog(out)
+def _metrics(cfg: RunConfig, step: int, stack: ExitStack) -> MetricsLog:
+    truncate_metrics(cfg.out / "metrics.jsonl", step)
+    log = MetricsLog(cfg.out, open_trackers(cfg.tracker, cfg.out, start=step, config=dump_config(cfg)))
     stack.callback(log.close)
     return log

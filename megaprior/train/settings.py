@@ -12,11 +12,23 @@ from megaprior.data.weighting import WeightingConfig
 from megaprior.errors import UsageError
 from megaprior.files import digest_json
 from megaprior.models.lm import ModelConfig
+from megaprior.trackers import TrackerConfig
 from megaprior.train.optim import OptimConfig, check_optim, learning_rate
 
 # These leave every loss and weight as it is, so a resumed run may have others. Data are compared by what they hold and not
 # by their paths (`Loader.identity`).
-_FREE = {"out", "data", "save_every", "eval_every", "eval_batches", "eval_threshold", "log_every", "timeout_s", "zero"}
+_FREE = {
+    "out",
+    "data",
+    "save_every",
+    "eval_every",
+    "eval_batches",
+    "eval_threshold",
+    "log_every",
+    "timeout_s",
+    "zero",
+    "tracker",
+}
 LVLMS = ("ulvlm", "hlvlm")  # stages that train on weighted captions
 _LENGTH = {"steps", "optim.decay_steps"}
 
@@ -42,6 +54,7 @@ class RunConfig:
     eval_batches: int = 4  # batches of data.batch_size held-out samples per evaluation
     eval_threshold: float = 0.5  # on w = 1 - p_r
     log_every: int = 1
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     timeout_s: float = 1800.0  # a rank that makes no progress for so long ends the job
 
 
