@@ -106,6 +106,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.6"],
+        "wandb": ["wandb>=0.31"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.8", "pyright>=1.1.390"],
     },
