@@ -105,6 +105,11 @@ def complete_checkpoints(run: Path, *, warn: bool = True) -> list[Checkpoint]:
     return found
 
 
+def complete_steps(run: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, in no order; their files are looked for and not measured."""
+    return [_step_of(folder) for folder in _named_folders(run / "checkpoints") if _is_complete(folder)]
+
+
 def newest(run: Path) -> Checkpoint | None:
     """The newest complete checkpoint of a run, whatever `latest` says; warns where `latest` says something else."""
     complete = complete_checkpoints(run)

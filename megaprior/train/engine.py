@@ -19,6 +19,7 @@ from megaprior.files import digest_json
 from megaprior.models.fingerprint import tensor_digest
 from megaprior.models.hlvlm import FROZEN, HLVLM
 from megaprior.train.optim import OptimConfig, adamw
+from megaprior.train.snapshot import HostBuffers, Write
 
 if TYPE_CHECKING:
     from megaprior.data.samples import Batch
@@ -57,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the model, tensor on the CPU) one by one; tied ones once. Collective."""
+        """(name in the model, tensor) one by one, each good until the next is asked for; tied ones once. Collective."""
         ...
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
@@ -70,6 +71,11 @@ class Engine(Protocol):
 
     def save_state(self, folder: Path) -> None:
         """Write everything that resuming needs into `folder`. Collective."""
+        ...
+
+    def snapshot_state(self, folder: Path, buffers: HostBuffers | None) -> list[Write]:
+        """What this rank writes in `save_state`, copied into `buffers` to be written while training goes on; with None it is
+        not copied and must be written before. Collective; the writing is not."""
         ...
 
     def load_state(self, folder: Path, *, world: int) -> None:
@@ -200,7 +206,14 @@ class LocalEngine:
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`."""
-        torch.save({"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "local.pt")
+        for write in self.snapshot_state(folder, None):
+            write.run()
+
+    def snapshot_state(self, folder: Path, buffers: HostBuffers | None) -> list[Write]:
+        """See `Engine`."""
+        state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
+        kept, path = state if buffers is None else buffers.copy_all(state), folder / "local.pt"
+        return [Write(path, lambda: torch.save(kept, path))]
 
     def load_state(self, folder: Path, *, world: int) -> None:
         """See `Engine`; nothing but tensors and plain values is unpickled."""

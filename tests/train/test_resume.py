@@ -45,7 +45,8 @@ def run_settings(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
 
 def facts(out: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in FACTS if key in line} for line in lines]
+    # When a checkpoint was complete, and how long that took, is no fact of the training: a killed run lacks some of these.
+    return [{key: line[key] for key in FACTS if key in line} for line in lines if line["kind"] != "save"]
 
 
 def weights(out: Path, step: int = STEPS) -> dict[str, bytes]:
