@@ -13,6 +13,7 @@ from typing import Any
 
 from megaprior.errors import DataError
 from megaprior.tokenizer.base import SPACE, VISION_ROLES, Tokenizer, named_roles, not_a_tokenizer
+from megaprior.tokenizer.words import WordByWord, splits_at_words
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -23,10 +24,12 @@ class SentencePiece(Tokenizer):
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        data = path.read_bytes()
         try:
-            self._model = model = SentencePieceProcessor(model_proto=path.read_bytes())
+            model = SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise not_a_tokenizer(path) from error
+        self._encode = WordByWord(model.encode) if splits_at_words(data) else model.encode
         if model.bos_id() < 0 or model.eos_id() < 0:
             raise DataError(f"{path}: this SentencePiece model defines no BOS or no EOS; use one that has both")
         ids = range(model.vocab_size())
@@ -45,7 +48,7 @@ class SentencePiece(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        return self._encode(text)
 
 
 class Llama3(Tokenizer):
