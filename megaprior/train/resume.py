@@ -18,7 +18,7 @@ from megaprior.files import atomic_write, owner_lock
 from megaprior.telemetry import say
 from megaprior.train.checkpoint import Checkpoint, newest, open_checkpoint
 from megaprior.train.engine import frozen_digest
-from megaprior.train.saving import remove_leftovers
+from megaprior.train.retention import remove_leftovers
 from megaprior.train.settings import RunConfig, refuse_other_run
 
 if TYPE_CHECKING:

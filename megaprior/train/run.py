@@ -32,7 +32,7 @@ from megaprior.train.record import (
 )
 from megaprior.train.replay import replay
 from megaprior.train.resume import claim, restore
-from megaprior.train.saving import save_checkpoint
+from megaprior.train.saving import Saver
 from megaprior.train.settings import RunConfig, check_run, trajectory_digest
 from megaprior.train.signals import StopSignals
 
@@ -113,13 +113,23 @@ def _train(
         heldout = HeldOut(
             cfg.data, spec=spec, tokenizer=tokenizer, peers=peers, samples=samples, threshold=cfg.eval_threshold
         )
-    record, saved = Record(cfg, tokenizer, loader, resumed=resumed), []
-
-    def save(step: int) -> None:
-        saved[:] = [
-            save_checkpoint(cfg.out, step, engine=engine, peers=peers, tokenizer=tokenizer, facts=record.facts())
-        ]
-
+    record = Record(cfg, tokenizer, loader, resumed=resumed)
+    log = _metrics(cfg, start, stack) if here.rank == 0 else None
+    saver = stack.enter_context(
+        Saver(
+            cfg.out,
+            engine=engine,
+            peers=peers,
+            tokenizer=tokenizer,
+            facts=record.facts,
+            log=log,
+            background=cfg.save_background,
+            keep_last=cfg.keep_last,
+            keep_every=cfg.keep_every,
+            timeout_s=cfg.timeout_s,
+            frozen=resumed.manifest.get("frozen") if resumed else None,
+        )
+    )
     run_loop(
         cfg,
         loader,
@@ -128,12 +138,14 @@ def _train(
         peers=peers,
         watchdog=watchdog,
         signals=signals,
-        log=_metrics(cfg, start, stack) if here.rank == 0 else None,
+        log=log,
         evaluate=lambda: heldout.measure(engine) if heldout else {},
-        save=save,
+        save=saver.save,
     )
+    saver.finish()
     if here.rank == 0:
-        write_summary(cfg, saved[0])
+        assert saver.last is not None, "the last step is saved"
+        write_summary(cfg, saver.last)
 
 
 def _metrics(cfg: RunConfig, step: int, stack: ExitStack) -> MetricsLog:

@@ -1,124 +1,232 @@
-"""Writing a checkpoint: both halves into a temporary folder, digests, manifest, rename. Killed anywhere, the last stands."""
+"""Saving checkpoints beside the training: a snapshot at the step boundary, the writing in a thread, the commit atomic.
+
+Both halves go into a temporary folder, then digests, manifest, rename. Killed anywhere, the last complete one stands.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
-from contextlib import ExitStack
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megaprior.distributed import Peers
-from megaprior.errors import CheckpointError
-from megaprior.files import atomic_folder, atomic_write, block_digests, write_manifest
-from megaprior.train.checkpoint import FORMAT, MANIFEST, Checkpoint, step_folder
+from megaprior.errors import MegapriorError, Requeue
+from megaprior.telemetry import say
+from megaprior.train.checkpoint import Checkpoint, step_folder
 from megaprior.train.engine import frozen_digest
+from megaprior.train.host_memory import fits_in_memory
+from megaprior.train.retention import prune
+from megaprior.train.snapshot import HostBuffers, Write
+from megaprior.train.writing import DONE, FAILED, Destination, Writing, begin_folder, explained
 
 if TYPE_CHECKING:
+    from megaprior.telemetry import MetricsLog
     from megaprior.tokenizer import Tokenizer
     from megaprior.train.engine import Engine
 
 _STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and AdamW's two moments
 _ROOM = 1.05
-_CANNOT_WRITE = ("write", "inline_container", "I/O error")  # of torch, its archive writer, safetensors
+_GRACE_S = 5.0  # for the other ranks' parts when contact with them was lost
+_LOOK_EVERY_S = 0.05
 
 
-def save_checkpoint(
-    run: Path, step: int, *, engine: Engine, peers: Peers, tokenizer: Tokenizer, facts: dict[str, Any]
-) -> Checkpoint:
-    """Write the checkpoint after `step` updates and point `latest` at it. Collective.
+class Saver:
+    """Writes a run's checkpoints; its methods are collective: all ranks call them after the same steps.
 
-    Args:
-        facts: plain values for the manifest, for example the run's identity that a resume compares.
-
-    Raises:
-        CheckpointError: the disk is full (bytes needed and free are named); earlier checkpoints are intact.
+    As a context manager it ends what is under way: with the run's own end or a requested stop it waits for the commit, after
+    another error it commits what the ranks have still written.
     """
-    target, first = step_folder(run, step), engine.place.rank == 0
-    with ExitStack() as stack:
 
-        def begin() -> Path:
-            _check_room(target, engine)
-            folder = stack.enter_context(atomic_folder(target))
-            (folder / "state").mkdir()
-            return folder
+    def __init__(
+        self,
+        run: Path,
+        *,
+        engine: Engine,
+        peers: Peers,
+        tokenizer: Tokenizer,
+        facts: Callable[[], dict[str, Any]],
+        log: MetricsLog | None = None,
+        background: bool = True,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        timeout_s: float = 1800.0,
+        frozen: str | None = None,
+    ) -> None:
+        """
+        Args:
+            facts: plain values for the manifest, for example the run's identity that a resume compares.
+            log: gets a line of kind "save" for every checkpoint, on rank 0.
+            background: False writes before the training goes on, with no copy of the engine's state.
+            keep_last, keep_every: see `retention.superfluous`.
+            timeout_s: how long rank 0 waits for the files of another rank.
+            frozen: the digest of what is frozen, where it is known.
+        """
+        self.last: Checkpoint | None = None  # the newest one that this object wrote, on rank 0
+        self._run, self._engine, self._peers, self._tokenizer = run, engine, peers, tokenizer
+        self._facts, self._log, self._timeout_s, self._frozen = facts, log, timeout_s, frozen
+        self._background, self._keep = background, {"keep_last": keep_last, "keep_every": keep_every}
+        self._buffers, self._writing, self._line = HostBuffers(), None, {}
 
-        temporary = peers.first_does(begin)
-        _guarded(peers, temporary, lambda: engine.save_state(temporary / "state"))
-        _guarded(peers, temporary, lambda: _save_model(engine, temporary / "model", tokenizer))
-        frozen = frozen_digest(engine)
-        parts = peers.gather_objects(_digests(temporary, rank=engine.place.rank, world=engine.place.world))
-        if first:
-            files = {name: entry for part in parts for name, entry in part.items()}
-            body = {
-                **facts,
-                "format": FORMAT,
-                "version": 1,
-                "step": step,
-                "engine": engine.name,
-                "world": engine.place.world,
-                "frozen": frozen,
-            }
-            manifest = write_manifest(temporary / MANIFEST, {**body, "files": files})
-    if first:
-        atomic_write(run / "latest", target.name + "\n")
-    manifest = peers.share(manifest if first else None)
-    return Checkpoint(target, manifest)
+    def save(self, step: int) -> None:
+        """Take what the checkpoint after `step` updates will hold, and write it, or begin to.
 
-
-def remove_leftovers(run: Path) -> None:
-    """Delete the temporary folders of killed saves (call it while holding the run's lock)."""
-    for path in (run / "checkpoints").glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _guarded(peers: Peers, folder: Path, write: Any) -> None:
-    """Run one rank's part of a save; a failure anywhere is raised on all ranks, and a full disk is explained."""
-    error: Exception | None = None
-    try:
-        write()
-    except Exception as found:
-        error = found
-        free = shutil.disk_usage(folder).free
-        if isinstance(found, OSError) or any(word in str(found) for word in _CANNOT_WRITE):
-            error = CheckpointError(
-                f"{folder}: cannot be written ({' '.join(str(found).split())[:120]}; {free:,} bytes free); the earlier "
-                "checkpoints are intact: free some space and repeat the command"
-            )
-    peers.settle(error)
-
-
-def _save_model(engine: Engine, folder: Path, tokenizer: Tokenizer) -> None:
-    """The Hugging Face half; all ranks gather, rank 0 writes."""
-    first = engine.place.rank == 0
-    state = {}
-    for name, tensor in engine.weights():
-        if first:
-            state[name] = tensor
-    if first:
-        folder.mkdir()
-        model: Any = engine.module.model
-        model.save_pretrained(folder, state_dict=state)
-        tokenizer.save(folder / "tokenizer")
-
-
-def _digests(folder: Path, *, rank: int, world: int) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of this rank's share of the files."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    shares = names[rank::world]
-    return {n: {"bytes": os.path.getsize(folder / n), "blocks": block_digests(folder / n)} for n in shares}
-
-
-def _check_room(target: Path, engine: Engine) -> None:
-    """Refuse to begin a save that cannot fit: a full disk is cheaper to explain before than after."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    needed = 0.0
-    for p in engine.module.parameters():
-        state = _STATE_BYTES_PER_PARAMETER if p.requires_grad else 0
-        needed += _ROOM * getattr(p, "ds_numel", p.numel()) * (p.element_size() + state)
-    free = shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"{target}: disk full ({needed:,.0f} bytes needed, {free:,} bytes free); earlier checkpoints are intact: free some "
-            "space and repeat the command"
+        Raises:
+            CheckpointError: the disk is full (bytes needed and free are named), now or in the save before; earlier checkpoints
+                are intact.
+        """
+        began = time.perf_counter()
+        before = self._line.get("step")
+        waited = self._drain()
+        if waited > 1.0:
+            say(f"waited {waited:.1f} s for the checkpoint after step {before} before that after step {step}")
+        background = self._background and fits_in_memory(self._memory_needed(), self._peers)
+        where = self._begin(step)
+        writes: list[Write] = []
+        self._guarded(where, lambda: writes.extend(self._snapshot(where.temporary, copy=background)))
+        if self._frozen is None:
+            self._frozen = self._peers.share(frozen_digest(self._engine))
+        place = self._engine.place
+        body = {
+            **self._facts(),
+            "step": step,
+            "engine": self._engine.name,
+            "world": place.world,
+            "frozen": self._frozen,
+        }
+        self._writing = Writing(
+            where,
+            writes,
+            place=place,
+            body=body,
+            patience_s=self._timeout_s,
+            committed=lambda: prune(self._run, **self._keep),
         )
+        stall_s = time.perf_counter() - began
+        self._line = {"step": step, "background": background, "stall_s": stall_s, "wait_s": waited}
+        if not background:
+            self._line["stall_s"] += self._drain()
+            self._buffers.free()
+
+    def poll(self) -> None:
+        """Between steps: see whether a save under way has ended. Costs nothing when there is none.
+
+        Raises:
+            CheckpointError: it failed on this rank; earlier checkpoints are intact.
+            MegapriorError: it failed on another rank, which is quoted.
+        """
+        if self._writing is None:
+            return
+        states = [row[0] for row in self._peers.gather([float(self._writing.state)])]
+        if FAILED in states:
+            self._fail(self._writing)
+        elif all(state == DONE for state in states):
+            self._complete(self._writing)
+
+    def finish(self) -> None:
+        """Wait for the commit of what is under way, at the run's end or before a stop.
+
+        Raises:
+            CheckpointError: as `poll`.
+            MegapriorError: what is frozen is no longer what it was at the first save: a fault of the machine or of ours.
+        """
+        self._drain()
+        if self._frozen is not None:
+            found = self._peers.share(frozen_digest(self._engine))
+            if found != self._frozen:
+                raise MegapriorError(
+                    f"{self._run}: the frozen weights changed during this run (digest {self._frozen} at its first save, {found} "
+                    "now): its checkpoints belong to no base model; check this machine's memory and begin a new run"
+                )
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, Requeue):
+            self._drain()
+        elif self._writing is not None:
+            if not isinstance(
+                error, MegapriorError
+            ):  # ranks that agreed on an error are still there, others may not be
+                self._writing.hurry(_GRACE_S)
+            self._writing.wait()
+
+    def _drain(self) -> float:
+        """Wait for the end of a save under way; the seconds that took."""
+        began = time.perf_counter()
+        while self._writing is not None:
+            self._writing.wait(_LOOK_EVERY_S)
+            self.poll()
+        return time.perf_counter() - began
+
+    def _begin(self, step: int) -> Destination:
+        target = step_folder(self._run, step)
+        needed = 0.0
+        for p in self._engine.module.parameters():
+            if p.requires_grad:  # what is frozen is neither in the model's half nor in the state's
+                needed += _ROOM * getattr(p, "ds_numel", p.numel()) * (p.element_size() + _STATE_BYTES_PER_PARAMETER)
+        return Destination(self._run, self._peers.first_does(lambda: begin_folder(target, needed=needed)), target)
+
+    def _memory_needed(self) -> float:
+        """Bytes of host memory that this rank's copies take beyond what earlier ones left reserved."""
+        place, trained = self._engine.place, [p for p in self._engine.module.parameters() if p.requires_grad]
+        counts = [getattr(p, "ds_numel", p.numel()) for p in trained]
+        whole = sum(n * p.element_size() for n, p in zip(counts, trained, strict=True)) if place.rank == 0 else 0
+        return sum(counts) * _STATE_BYTES_PER_PARAMETER / place.world + whole - self._buffers.nbytes
+
+    def _snapshot(self, temporary: Path, *, copy: bool) -> list[Write]:
+        """What this rank will write: its part of the engine's state, and rank 0 the model, which all ranks gather."""
+        self._buffers.begin()
+        writes = self._engine.snapshot_state(temporary / "state", self._buffers if copy else None)
+        weights = {}
+        for name, tensor in self._engine.weights():
+            if self._engine.place.rank == 0:
+                weights[name] = self._buffers.copy(tensor)
+        if self._engine.place.rank == 0:
+            writes.append(Write(temporary / "model", lambda: self._write_model(temporary / "model", weights)))
+        return writes
+
+    def _write_model(self, folder: Path, weights: dict[str, Any]) -> None:
+        """The Hugging Face half."""
+        folder.mkdir()
+        model: Any = self._engine.module.model
+        model.save_pretrained(folder, state_dict=weights)
+        self._tokenizer.save(folder / "tokenizer")
+
+    def _guarded(self, where: Destination, work: Callable[[], None]) -> None:
+        """Run one rank's part; a failure anywhere is raised on all ranks, and a full disk is explained."""
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as found:
+            error = explained(found, where.temporary)
+        self._settle(where, error)
+
+    def _settle(self, where: Destination, error: Exception | None) -> None:
+        """Where any rank has an error: the temporary folder goes once no rank writes there any more, and all ranks raise."""
+        failed = any(row[0] for row in self._peers.gather([float(error is not None)]))
+        if failed and self._peers.place.rank == 0:
+            shutil.rmtree(where.temporary, ignore_errors=True)
+        if failed:
+            self._peers.settle(error)
+
+    def _fail(self, writing: Writing) -> None:
+        self._writing = None
+        failed = (
+            writing.state == FAILED
+        )  # as the other ranks were told; what cancelling makes of a healthy one is no news
+        writing.cancel()
+        self._settle(writing.where, writing.error if failed else None)
+
+    def _complete(self, writing: Writing) -> None:
+        self._writing = None
+        writing.wait()
+        self.last = writing.checkpoint
+        if self._log is not None and writing.checkpoint is not None:
+            size = sum(entry["bytes"] for entry in writing.checkpoint.manifest["files"].values())
+            self._log.write({"kind": "save", **self._line, "write_s": writing.seconds, "bytes": size})

@@ -21,6 +21,9 @@ _FREE = {
     "out",
     "data",
     "save_every",
+    "save_background",
+    "keep_last",
+    "keep_every",
     "eval_every",
     "eval_batches",
     "eval_threshold",
@@ -50,6 +53,9 @@ class RunConfig:
     engine: Literal["local", "zero3"] = "local"
     zero: dict[str, Any] | Path = field(default_factory=dict)  # DeepSpeed options beside the loop's own, or a JSON file
     save_every: int = 500
+    save_background: bool = True  # False: training waits until a checkpoint is written
+    keep_last: int = 0  # so many of the newest checkpoints stay; 0: all
+    keep_every: int = 0  # and those after multiples of so many steps; 0: none beside the newest
     eval_every: int = 0  # 0: never
     eval_batches: int = 4  # batches of data.batch_size held-out samples per evaluation
     eval_threshold: float = 0.5  # on w = 1 - p_r
@@ -68,6 +74,11 @@ def check_run(cfg: RunConfig, *, world: int) -> None:
     for key in ("steps", "save_every", "log_every", "eval_batches"):
         if getattr(cfg, key) < 1:
             raise UsageError(f"{key} is {getattr(cfg, key)}; it must be at least 1")
+    for key in ("keep_last", "keep_every"):
+        if getattr(cfg, key) < 0:
+            raise UsageError(f"{key} is {getattr(cfg, key)}; a number of checkpoints or steps, or 0")
+    if cfg.keep_every and not cfg.keep_last:
+        raise UsageError(f"keep_every is {cfg.keep_every} but keep_last=0 keeps every checkpoint: set keep_last too")
     if cfg.eval_every and cfg.data.heldout is None:
         raise UsageError(f"eval_every is {cfg.eval_every} but data.heldout names no shards; set it, or eval_every=0")
     if cfg.engine == "local" and world > 1:

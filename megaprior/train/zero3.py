@@ -30,6 +30,7 @@ from megaprior.models.hlvlm import HLVLM
 from megaprior.telemetry import say
 from megaprior.train.engine import Precision, Sums, frozen_tensors, model_weights
 from megaprior.train.optim import OptimConfig, adamw
+from megaprior.train.snapshot import DeferredWrites, HostBuffers, Write
 
 if TYPE_CHECKING:
     from megaprior.data.samples import Batch
@@ -110,12 +111,12 @@ class Zero3Engine:
         return nll.float().cpu()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`: one tensor is whole at a time, on every rank; only rank 0 gets copies that outlive the iteration."""
+        """See `Engine`: one tensor is whole at a time, on every rank."""
         from deepspeed.runtime.zero import GatheredParameters
 
         for name, tensor in model_weights(self.module):
             with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
-                yield name, tensor.detach().to("cpu", copy=True) if self.place.rank == 0 else tensor.detach()
+                yield name, tensor.detach()
 
     def frozen(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`; partitioned ones are gathered one at a time."""
@@ -137,7 +138,18 @@ class Zero3Engine:
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own files, one set per rank; our manifest is the one that commits them."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        for write in self.snapshot_state(folder, None):
+            write.run()
+
+    def snapshot_state(self, folder: Path, buffers: HostBuffers | None) -> list[Write]:
+        """See `Engine`."""
+        deferred = DeferredWrites(self._engine.checkpoint_engine, buffers)
+        self._engine.checkpoint_engine = deferred
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            self._engine.checkpoint_engine = deferred.writer
+        return deferred.writes
 
     def load_state(self, folder: Path, *, world: int) -> None:
         """See `Engine`; another number of ranks goes through DeepSpeed's universal format. Verify the manifest first: these
@@ -163,7 +175,7 @@ class Zero3Engine:
                 shutil.rmtree(whole, ignore_errors=True)
 
     def _load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; resume from an earlier checkpoint")
 
