@@ -1,10 +1,13 @@
-"""H-LVLM: a frozen vision tower, a frozen language model, and between them the one thing that trains, a small MLP.
+"""H-LVLM: a frozen vision tower, a language model, and between them a small MLP.
+
+The MLP alone trains in pre-training; in instruction tuning the language model does too ("projector_and_lm").
 
 A segment is BOS, P image tokens, caption, EOS. The embeddings of the image tokens are not read: the projected features of the
 tower's patches stand in their place, one for one (LLaVA).
 
-What is frozen lives outside the module that an engine gets ("replicated": every process holds all of it, nothing of it is
-gathered, saved or differentiated), or inside it ("partitioned": ZeRO-3 spreads it over the ranks, where it would not fit).
+What trains is inside the module that an engine gets. What is frozen lives outside it ("replicated": every process holds all of
+it, nothing of it is gathered, saved or differentiated), or inside it too ("partitioned": ZeRO-3 spreads it over the ranks, where
+it would not fit).
 
 Letters: T tokens of a row, I images, P patches of an image, D values of a patch, W width of the tower, H of the language model.
 """
@@ -22,13 +25,16 @@ from torch import nn
 from transformers import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from megaprior.models.fingerprint import model_fingerprint
 from megaprior.models.head import LossHead
-from megaprior.models.lm import TextLM
+from megaprior.models.lm import TextLM, Trains
 from megaprior.models.outputs import States
 from megaprior.models.vision import Preprocessing, VisionTower, patches_per_side, square_side
 
 FROZEN = "frozen."  # what the names of partitioned frozen parameters begin with
+LANGUAGE_MODEL = "language_model."  # what those of a language model that trains begin with
 WEIGHTS = "model.safetensors"
+LM_FOLDER = "lm"  # of a language model that was trained, beside the MLP's file
 
 
 class HLVLMConfig(LlavaConfig):
@@ -37,7 +43,8 @@ class HLVLMConfig(LlavaConfig):
     Attributes:
         image_policy, image_mean, image_std: see `megaprior.models.vision.Preprocessing`.
         base: "lm" and "tower" -> {"fingerprint": of that model, "given": its folder as it was named, "path": the same seen from
-            the folder of this file, so that a tree of runs can be moved as a whole}.
+            the folder of this file, so that a tree of runs can be moved as a whole}. A language model that was trained with the
+            MLP is at "lm", inside that folder.
     """
 
     model_type = "megaprior_hlvlm"
@@ -56,34 +63,45 @@ class HLVLMConfig(LlavaConfig):
 class HLVLM(nn.Module):
     """The MLP, and what it connects.
 
-    `states`, `lm_head`, `config` and `device` are as those of `TextLM`; `state_dict` holds the projector, and where the frozen
-    parts are partitioned those too, under "frozen.".
+    `states`, `lm_head`, `config` and `device` are as those of `TextLM`; `state_dict` holds the projector, a language model that
+    trains under "language_model.", and where the frozen parts are partitioned those too, under "frozen.".
     """
 
     def __init__(
-        self, config: HLVLMConfig, *, lm: TextLM, tower: VisionTower, placement: Literal["replicated", "partitioned"]
+        self,
+        config: HLVLMConfig,
+        *,
+        lm: TextLM,
+        tower: VisionTower,
+        placement: Literal["replicated", "partitioned"],
+        trains: Trains = "projector",
     ) -> None:
         super().__init__()
         self.config = config
         self.places: dict[str, Path] = {}  # where "lm" and "tower" were read from
         self.projector = LlavaMultiModalProjector(config)
-        lm.requires_grad_(False)
-        frozen = {"lm": lm, "tower": tower}
+        # Plain dicts: torch registers nothing of them.
+        self._parts: dict[str, nn.Module] = {"lm": lm, "tower": tower}
+        self.trains_lm = trains == "projector_and_lm"
+        if self.trains_lm:
+            self.language_model = lm
+        self.frozen_parts = {name: part for name, part in self._parts.items() if part is tower or not self.trains_lm}
+        for part in self.frozen_parts.values():
+            part.requires_grad_(False)
         self.partitioned = placement == "partitioned"
         if self.partitioned:
-            self.frozen = nn.ModuleDict(frozen)
-        self.frozen_parts: dict[str, nn.Module] = frozen  # a plain dict: torch registers nothing of it
+            self.frozen = nn.ModuleDict(self.frozen_parts)
         self.train()
 
     @property
     def lm(self) -> TextLM:
         """The language model."""
-        return self.frozen_parts["lm"]  # type: ignore[return-value]
+        return self._parts["lm"]  # type: ignore[return-value]
 
     @property
     def tower(self) -> VisionTower:
         """The vision tower, without the last layer."""
-        return self.frozen_parts["tower"]  # type: ignore[return-value]
+        return self._parts["tower"]  # type: ignore[return-value]
 
     @property
     def lm_head(self) -> LossHead:
@@ -102,7 +120,7 @@ class HLVLM(nn.Module):
 
     def num_parameters(self) -> int:
         """Of the projector, the language model and what is kept of the tower."""
-        parts = (self.projector, *self.frozen_parts.values())
+        parts = (self.projector, *self._parts.values())
         return sum(p.numel() for part in parts for p in part.parameters())
 
     def states(
@@ -170,20 +188,28 @@ class HLVLM(nn.Module):
         state_dict: dict[str, torch.Tensor] | None = None,
         max_shard_size: str = "5GB",
     ) -> None:
-        """Write the projector and the configuration: a few MB, for hlvlm_folder.py. `max_shard_size` is TextLM's."""
+        """Write what was trained, for hlvlm_folder.py: the projector and the configuration, a few MB, and beside them the
+        language model where it trains, as a text LM's own folder. `max_shard_size` is TextLM's.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
-        kept = {name: tensor.contiguous() for name, tensor in weights.items() if not name.startswith(FROZEN)}
-        save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+        projector = {n: t.contiguous() for n, t in weights.items() if not n.startswith((FROZEN, LANGUAGE_MODEL))}
+        save_file(projector, folder / WEIGHTS, metadata={"format": "pt"})
+        base = {name: dict(entry) for name, entry in (self.config.base or {}).items()}
         for name, place in self.places.items():
-            assert self.config.base is not None
-            self.config.base[name]["path"] = os.path.relpath(place.resolve(), folder.resolve())
+            base[name]["path"] = os.path.relpath(place.resolve(), folder.resolve())
+        if self.trains_lm:
+            lm = {n.removeprefix(LANGUAGE_MODEL): t for n, t in weights.items() if n.startswith(LANGUAGE_MODEL)}
+            self.lm.save_pretrained(folder / LM_FOLDER, state_dict=lm, max_shard_size=max_shard_size)
+            found = model_fingerprint(folder / LM_FOLDER)
+            base["lm"] = {"fingerprint": found, "given": LM_FOLDER, "path": LM_FOLDER}
+        self.config.base = base
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(folder)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HLVLM:
-        """As torch's own (`to`, `bfloat16`, ...), for what lies outside too."""
+        """As torch's own (`to`, `bfloat16`, ...), for what lies outside the module too."""
         super()._apply(fn, recurse)
         if not self.partitioned:
             for module in self.frozen_parts.values():

@@ -1,6 +1,7 @@
 """Building an H-LVLM from the folders of a language model and a tower, and reading its own folder back.
 
-Its folder holds the MLP alone, and names what it stands on by fingerprint; another model in that place is refused.
+Its folder holds what was trained: the MLP, and where the language model trained with it that one too, in a text LM's folder
+inside. What it stands on is named by fingerprint; another model in that place is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from megaprior.errors import DataError, UsageError
 from megaprior.models.attention import Backend
 from megaprior.models.fingerprint import model_fingerprint
 from megaprior.models.folder import model_type, read_llama_config
-from megaprior.models.hlvlm import HLVLM, WEIGHTS, HLVLMConfig
-from megaprior.models.lm import ModelConfig, check_vocabulary, load_text_lm
+from megaprior.models.hlvlm import HLVLM, LM_FOLDER, WEIGHTS, HLVLMConfig
+from megaprior.models.lm import ModelConfig, Trains, check_vocabulary, load_text_lm
 from megaprior.models.vision import load_tower, patches_per_side, read_preprocessing, read_vision_config
 
 
@@ -43,6 +44,7 @@ def build_hlvlm(config: ModelConfig, *, vocab_size: int, image_id: int | None, s
             backend=config.attention,
             frozen=config.frozen_dtype,
             placement=config.frozen,
+            trains=config.trains,
         )
         check_vocabulary(model.lm, vocab_size, source=config.init)
         return model.train()
@@ -53,12 +55,13 @@ def build_hlvlm(config: ModelConfig, *, vocab_size: int, image_id: int | None, s
     described = describe_hlvlm(config, image_id=image_id)
     places = {"lm": Path(config.init), "tower": Path(config.tower.init)}
     described.base = {n: {"fingerprint": model_fingerprint(p), "given": str(p)} for n, p in places.items()}
-    lm = load_text_lm(config.init, dtype=config.frozen_dtype, backend=config.attention)
+    lm_dtype = config.dtype if config.trains == "projector_and_lm" else config.frozen_dtype
+    lm = load_text_lm(config.init, dtype=lm_dtype, backend=config.attention)
     check_vocabulary(lm, vocab_size, source=config.init)
     tower = load_tower(config.tower.init, described.preprocessing, dtype=config.frozen_dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = HLVLM(described, lm=lm, tower=tower, placement=config.frozen)
+        model = HLVLM(described, lm=lm, tower=tower, placement=config.frozen, trains=config.trains)
         _begin_at_words_scale(model)
     model.places = places
     model.projector.to(getattr(torch, config.dtype))
@@ -104,8 +107,9 @@ def load_hlvlm(
     backend: Backend = "auto",
     frozen: str | None = None,
     placement: Literal["replicated", "partitioned"] = "replicated",
+    trains: Trains = "projector",
 ) -> HLVLM:
-    """An H-LVLM from a folder that one was saved to, in evaluation mode; `dtype` of the projector, `frozen` of the rest.
+    """An H-LVLM from a folder that one was saved to, in evaluation mode; `dtype` of what trains, `frozen` of the rest.
 
     Raises:
         DataError: no such folder, another kind of model, weights missing or ill-shaped, or a language model or tower that is
@@ -114,9 +118,13 @@ def load_hlvlm(
     folder = Path(folder)
     config = read_hlvlm_config(folder)
     places = {name: find_base(folder, config, name) for name in ("lm", "tower")}
-    lm = load_text_lm(places["lm"], dtype=frozen or dtype, backend=backend)
+    assert config.base is not None
+    if config.base["lm"]["given"] == LM_FOLDER:  # whoever stands on this one next names it from afar
+        config.base["lm"]["given"] = str(places["lm"])
+    lm_dtype = dtype if trains == "projector_and_lm" else frozen or dtype
+    lm = load_text_lm(places["lm"], dtype=lm_dtype, backend=backend)
     tower = load_tower(places["tower"], config.preprocessing, dtype=frozen or dtype)
-    model = HLVLM(config, lm=lm, tower=tower, placement=placement)
+    model = HLVLM(config, lm=lm, tower=tower, placement=placement, trains=trains)
     model.places = places
     saved = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
     expected = {f"projector.{name}": tensor.shape for name, tensor in model.projector.state_dict().items()}

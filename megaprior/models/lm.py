@@ -28,6 +28,7 @@ from megaprior.models.presets import PRESETS, Preset
 from megaprior.models.vision import TowerConfig
 
 Model = TypeVar("Model", bound="TextLM")
+Trains = Literal["projector", "projector_and_lm"]
 
 
 @configclass
@@ -41,9 +42,10 @@ class ModelConfig:
         patch: side of a patch in pixels; None takes the preset's (else 32).
         limit: longest image side in pixels after scaling, a multiple of `patch`; None takes the preset's (else 1,024).
         vision_roles: "auto" uses ids that the tokenizer reserves, "append" adds four rows to embedding and head.
-        dtype: of the parameters; of an H-LVLM's MLP.
+        dtype: of the parameters; of an H-LVLM, of those that train.
         attention: backend of packed attention.
         tower: the vision tower of an H-LVLM.
+        trains: of an H-LVLM: its MLP ("projector"), or the language model too ("projector_and_lm", for instruction tuning).
         frozen: an H-LVLM's frozen parts on every process ("replicated"), or spread over the ranks of ZeRO-3 ("partitioned") where
             they would not fit; gathering them twice a row costs more than computing with them.
         frozen_dtype: of those parts.
@@ -59,6 +61,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Backend = "auto"
     tower: TowerConfig = field(default_factory=TowerConfig)
+    trains: Trains = "projector"
     frozen: Literal["replicated", "partitioned"] = "replicated"
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     clip: ClipConfig = field(default_factory=ClipConfig)

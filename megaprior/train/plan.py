@@ -97,5 +97,9 @@ def _hlvlm_shape(cfg: RunConfig, tokenizer: Tokenizer) -> tuple[str, VisionSpec 
         config = describe_hlvlm(cfg.model, image_id=image_id(tokenizer))
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    trained = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    model.model.vision_tower.requires_grad_(False)
+    if cfg.model.trains == "projector":
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{trained:,} parameters that train, of {model.num_parameters():,}", VisionSpec.of(config)

@@ -34,6 +34,7 @@ _FREE = {
 }
 LVLMS = ("ulvlm", "hlvlm")  # stages that train on weighted captions
 _LENGTH = {"steps", "optim.decay_steps"}
+_LATER = {"model.trains": "projector"}  # what runs did whose record is older than the option
 
 
 @configclass
@@ -93,6 +94,10 @@ def check_run(cfg: RunConfig, *, world: int) -> None:
         raise UsageError(f"stage={cfg.stage} {what}: weighting.kind must be ntp and data.text empty")
     if cfg.stage == "hlvlm" and cfg.model.init is None:
         raise UsageError("stage=hlvlm trains an MLP onto a language model: name its folder or run with model.init")
+    if cfg.stage != "hlvlm" and cfg.model.trains != "projector":
+        raise UsageError(
+            f"model.trains={cfg.model.trains} is for stage=hlvlm; stage={cfg.stage} trains its whole model anyway: remove it"
+        )
     if cfg.engine == "local" and cfg.model.frozen == "partitioned":
         raise UsageError(
             "model.frozen=partitioned spreads over the ranks of engine=zero3; one process holds all: use replicated"
@@ -118,7 +123,7 @@ def refuse_other_run(cfg: RunConfig, recorded: dict[str, Any], *, done: int, whe
     Raises:
         UsageError: names the first key that differs, both values and the remedy.
     """
-    now = trajectory(cfg)
+    now, recorded = trajectory(cfg), {**_LATER, **recorded}
     differing = [key for key in sorted({*now, *recorded}) if now.get(key) != recorded.get(key)]
     if set(differing) <= _LENGTH:
         before = replace(cfg.optim, decay_steps=recorded["optim.decay_steps"])

@@ -243,3 +243,25 @@ def test_frozen_parts_may_be_bf16_under_an_fp32_mlp(clip_folders):
     with torch.no_grad():
         one, other = (m.states(**inputs).hidden.float() for m in (exact, half))
     assert (one - other).norm() / one.norm() < 0.03  # bf16 keeps 8 bits
+
+
+@pytest.mark.parametrize("lm", ["lm", "lm_tied"])
+def test_in_instruction_tuning_the_language_model_trains_too(clip_folders, lm):
+    model = build_hlvlm(config(clip_folders, lm=lm, trains="projector_and_lm"), vocab_size=97, image_id=IMAGE, seed=1)
+    alone = build_hlvlm(config(clip_folders, lm=lm), vocab_size=97, image_id=IMAGE, seed=1)
+    assert model.num_parameters() == alone.num_parameters()
+    inputs = row(segment([5, 6, 7]))
+    hidden = model.states(**inputs).hidden
+    assert torch.equal(hidden, alone.states(**inputs).hidden), "the same model"
+    model.lm_head(hidden[-4:-1], torch.tensor([6, 7, 2]), None, 3.0)[0].backward()
+    names = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum()}
+    assert names == {"projector", "language_model"}
+    assert all(p.grad is not None for p in model.parameters())
+    assert {name.split(".")[0] for name, _ in model.frozen_tensors()} == {"tower"}
+    assert not any(tensor.requires_grad for _, tensor in model.frozen_tensors())
+    model.lm_head(model.states(**row(segment([5], image=False))).hidden[:1], torch.tensor([5]))[0].backward()
+    model.train(False)
+    assert not model.lm.training
+    model.train()
+    assert model.lm.training
+    assert not model.tower.training
