@@ -64,7 +64,7 @@ class Checkpoint:
                 if found != wanted:
                     raise CheckpointError(
                         f"{self.path / name}: block {block} has digest {found}, its manifest says {wanted}: "
-                        f"changed after it was written; {_offer(self.path)}"
+                        f"changed after it was written; {offer(self.path)}"
                     )
 
 
@@ -83,13 +83,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     try:
         manifest = read_manifest(path / MANIFEST, format=FORMAT)
     except DataError as error:
-        raise CheckpointError(f"{path}: not a complete checkpoint ({error}); {_offer(path)}") from None
+        raise CheckpointError(f"{path}: not a complete checkpoint ({error}); {offer(path)}") from None
     for name, entry in manifest["files"].items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
         if found != entry["bytes"]:
             size = "missing" if found is None else f"{found:,} bytes"
-            raise CheckpointError(f"{file}: {size}, its manifest says {entry['bytes']:,} bytes; {_offer(path)}")
+            raise CheckpointError(f"{file}: {size}, its manifest says {entry['bytes']:,} bytes; {offer(path)}")
     return Checkpoint(path, manifest)
 
 
@@ -180,7 +180,7 @@ def _step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _offer(path: Path) -> str:
+def offer(path: Path) -> str:
     """The remedy for a bad checkpoint: the newest complete one before it."""
     step = _step_of(path)
     for folder in sorted(_named_folders(path.parent), key=_step_of, reverse=True):

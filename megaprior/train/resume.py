@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import secrets
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from megaprior.distributed import Peers
 from megaprior.errors import CheckpointError, DataError, UsageError
 from megaprior.files import atomic_write, owner_lock
 from megaprior.telemetry import say
-from megaprior.train.checkpoint import Checkpoint, newest, open_checkpoint
+from megaprior.train.checkpoint import Checkpoint, newest, offer, open_checkpoint
 from megaprior.train.engine import frozen_digest
 from megaprior.train.retention import remove_leftovers
 from megaprior.train.settings import RunConfig, refuse_other_run
@@ -81,7 +82,14 @@ def restore(checkpoint: Checkpoint, *, cfg: RunConfig, engine: Engine, loader: L
             )
     if manifest["threads"] != torch.get_num_threads():
         say(f"warning: {manifest['threads']} threads before, {torch.get_num_threads()} now: sums may round differently")
-    engine.load_state(checkpoint.state, world=manifest["world"])
+    try:
+        engine.load_state(checkpoint.state, world=manifest["world"])
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"{checkpoint.state}: holds more than tensors and plain values: no run of ours wrote it, none of it was executed "
+            f"({reason}); {offer(checkpoint.path)}"
+        ) from None
     frozen = peers.share(frozen_digest(engine))
     if frozen != manifest.get("frozen"):
         raise CheckpointError(
