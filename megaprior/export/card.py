@@ -55,6 +55,7 @@ class Facts:
     fingerprints: dict[str, str]  # "model", "tokenizer", "scorer", "lm", "tower" where there is one
     sources: list[dict[str, Any]] = field(default_factory=list)  # build_id, samples, weight
     llama3: bool = False  # the tokenizer is Llama 3's
+    trained_lm: bool = False  # of an H-LVLM: its language model trained with its MLP
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def read_facts(source: Path, *, fingerprint: str, tokenizer: Tokenizer, config: 
             **base,
         },
         sources=[{name: entry.get(name, UNKNOWN) for name in ("build_id", "samples", "weight")} for entry in sources],
+        trained_lm=trajectory.get("model.trains") == "projector_and_lm",
         llama3=isinstance(tokenizer, Llama3) or (tokenizer.vocab_size, tokenizer.bos_id) == (128_256, 128_000),
     )
 

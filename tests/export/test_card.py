@@ -54,6 +54,15 @@ def test_a_run_tells_its_story(world, as_run, tmp_path) -> None:
     assert "12.5" not in body
 
 
+@pytest.mark.parametrize("trains", ["projector", "projector_and_lm"])
+def test_what_was_trained_is_said(world, as_run, tmp_path, trains) -> None:
+    run = as_run(world.folders["hlvlm"], tmp_path / "run", trajectory={"model.trains": trains})
+    export(run, tmp_path / "out", check=False)
+    _, body = parts(tmp_path / "out")
+    assert ("Only the MLP was trained" in body) == (trains == "projector")
+    assert ("MLP and language model were" in body) == (trains == "projector_and_lm")
+
+
 def test_licences_are_followed_through_the_stages(world, as_run, tmp_path) -> None:
     shutil.copytree(world.folders["text"], tmp_path / "llama")
     (tmp_path / "llama" / "NOTICE").write_text("Built with Llama\n")
