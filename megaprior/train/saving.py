@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megaprior.distributed import Peers
 from megaprior.errors import MegapriorError, Requeue
+from megaprior.models.hlvlm import LM_FOLDER
 from megaprior.telemetry import say
 from megaprior.train.checkpoint import Checkpoint, step_folder
 from megaprior.train.engine import frozen_digest
@@ -196,7 +197,9 @@ class Saver:
         folder.mkdir()
         model: Any = self._engine.module.model
         model.save_pretrained(folder, state_dict=weights)
-        self._tokenizer.save(folder / "tokenizer")
+        for place in (folder, folder / LM_FOLDER):  # a language model that trained is a text LM of its own
+            if place.is_dir():
+                self._tokenizer.save(place / "tokenizer")
 
     def _guarded(self, where: Destination, work: Callable[[], None]) -> None:
         """Run one rank's part; a failure anywhere is raised on all ranks, and a full disk is explained."""

@@ -21,7 +21,7 @@ from megaprior.data_tools.options import BuildOptions
 from megaprior.errors import CheckpointError, DataError, UsageError
 from megaprior.export import export
 from megaprior.models.fingerprint import model_fingerprint
-from megaprior.tokenizer import load_tokenizer
+from megaprior.tokenizer import load_model_tokenizer, load_tokenizer
 from megaprior.train.checkpoint import complete_checkpoints, load_model_folder, resolve_model
 from megaprior.train.run import train
 from megaprior.train.settings import refuse_other_run, trajectory
@@ -182,6 +182,10 @@ def test_mlp_and_language_model_train_and_the_tower_does_not(
 def test_its_run_names_a_model_for_every_reader(tuned: Path, talks: Path, tmp_path: Path) -> None:
     model, lm = load_model_folder(tuned), load_file(model_folder(tuned, 6) / "lm" / "model.safetensors")
     assert torch.equal(model.lm.model.embed_tokens.weight, lm["model.embed_tokens.weight"])
+    assert (
+        load_model_tokenizer(model_folder(tuned, 6) / "lm").fingerprint
+        == load_model_tokenizer(resolve_model(tuned)).fingerprint
+    )
     made = export(tuned, tmp_path / "export")
     assert made["kind"] == "hlvlm"
     assert made["worst"] < 1e-4, "an export that differs is refused: FAULTS 43"
