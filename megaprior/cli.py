@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megaprior import __version__
 from megaprior.cli_export import add_caption, add_export, add_import
+from megaprior.cli_operations import add_doctor
 from megaprior.errors import MegapriorError, UsageError
 
 _STORY = """\
@@ -25,6 +26,7 @@ the story, one way through:
   megaprior export RUN --output DIR                                      checkpoint -> a folder for transformers
   megaprior caption DIR IMAGE...                                         images -> captions, coloured by probability
   megaprior import FOLDER --output DIR                                   Llama, CLIP, LLaVA -> where training starts
+  megaprior doctor --shared DIR                                          what of this machine would stop a run
 every verb answers --help; long work resumes by repeating the same command.
 exit codes: 0 done, 1 bug or failure, 2 usage, 65 data refused, 75 stopped in good order (repeat the command).
 """
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(verb)
     add_caption(verb)
     add_import(verb)
+    add_doctor(verb)
     return parser
 
 

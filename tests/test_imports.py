@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": FOUNDATION | {"kernels", "data", "models", "export", "train.checkpoint"},
     "caption": FOUNDATION | {"kernels", "data", "models", "export", "train.checkpoint"},
     "importing": FOUNDATION | {"kernels", "data", "models", "export", "train.checkpoint"},
+    "doctor": FOUNDATION | {"kernels", "data", "models", "train", "planning", "doctor"},
     "analysis": FOUNDATION | {"data", "kernels", "analysis"},
     "analysis.loss_split": FOUNDATION | {"data", "kernels", "analysis", "models", "train.checkpoint"},
     "data_tools": FOUNDATION | {"data", "data_tools", "kernels"},
