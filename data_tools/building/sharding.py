@@ -150,6 +150,8 @@ class _Shard:
     def flush(self) -> list[Rejected]:
         """Add what waits; returns as `add`."""
         waiting, self._waiting, self._letters = self._waiting, [], 0
+        if self._plain(waiting):
+            return self._add_texts(waiting)
         if self._options.turns == "all":
             ids = None
         else:
@@ -162,6 +164,28 @@ class _Shard:
             else:
                 left_out += self._add_sample(sample, ids)
         return left_out
+
+    def _plain(self, waiting: Sequence[Sample | Rejected]) -> bool:
+        """Whether these are captions and nothing else: no image, no conversation, no window, no annotation."""
+        if self._writer.kind != "text" or self._options.documents or self._options.turns == "all" or self._annotated:
+            return False
+        return all(c.words is None for sample in waiting if isinstance(sample, Sample) for c in sample.captions)
+
+    def _add_texts(self, waiting: Sequence[Sample | Rejected]) -> list[Rejected]:
+        """What `flush` does, for `_plain` captions."""
+        captions = [caption for sample in waiting if isinstance(sample, Sample) for caption in sample.captions]
+        limit, eos = self._options.max_sequence, self._tokenizer.eos_id
+        found = self._tokenizer.encode_batch([caption.text for caption in captions])
+        truncated = 0
+        for ids in found:
+            ids.append(eos)
+            if len(ids) > limit:
+                del ids[limit:]
+                truncated += 1
+        if captions:
+            self._annotated = False
+            self._writer.add_texts([caption.key for caption in captions], found, truncated=truncated)
+        return [sample for sample in waiting if isinstance(sample, Rejected)]
 
     def _add_sample(self, sample: Sample, ids: Iterator[list[int]] | None) -> list[Rejected]:
         """Add a sample; `ids` goes on with those of its captions, except for conversations, whose parts are tokenized."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from megaprior.data import manifest as mf
 from megaprior.data.alignment import score_problems
-from megaprior.data.indexed import IndexedStream, IndexedWriter
+from megaprior.data.indexed import IndexedStream
+from megaprior.data.indexed_writer import IndexedWriter
 from megaprior.errors import DataError
 from megaprior.files import BLOCK_BYTES, block_digests, fsync_folder, write_manifest
 

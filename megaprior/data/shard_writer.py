@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 
 from megaprior.data import manifest as mf
 from megaprior.data.alignment import span_problem
-from megaprior.data.indexed import IndexedWriter, token_dtype
+from megaprior.data.indexed import token_dtype
+from megaprior.data.indexed_writer import IndexedWriter
 from megaprior.errors import DataError
 from megaprior.files import atomic_folder, block_digests, write_manifest
 from megaprior.tokenizer import Tokenizer, load_tokenizer
@@ -127,6 +129,32 @@ class ShardWriter:
             for stream in self._streams.values():
                 stream.end_document()
         return counts["samples"] - 1
+
+    def add_texts(self, keys: Sequence[str], tokens: Sequence[list[int]], *, truncated: int = 0) -> None:
+        """`add` of many captions without images, each a document of its own; several times as fast.
+
+        Raises:
+            DataError: as `add`.
+        """
+        assert self.kind == "text", self.kind
+        lengths = [len(ids) for ids in tokens]
+        try:
+            flat = array(self._dtype.char, chain.from_iterable(tokens))
+            fits = all(lengths) and (not flat or (min(flat) >= 0 and max(flat) < self._vocabulary))
+        except (TypeError, OverflowError):
+            fits = False
+        if not fits or sys.byteorder != "little" or self._streams.keys() - {"tokens", "keys"}:
+            for key, ids in zip(keys, tokens, strict=True):  # tells which one does not fit, and why
+                self.add(key, ids)
+            self._counts["truncated"] += truncated
+            return
+        names = [key.encode("utf-8", "backslashreplace") for key in keys]
+        self._stream("tokens").append_documents(flat, lengths)
+        self._stream("keys").append_documents(b"".join(names), [len(name) for name in names])
+        self._counts["samples"] += len(keys)
+        self._counts["tokens"] += len(flat)
+        self._counts["loss_tokens"] += len(flat)
+        self._counts["truncated"] += truncated
 
     def _where(self, key: str) -> str:
         return f"{self.folder.name}/{self.prefix} sample {len(self)} (key {key})"

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megaprior.data.indexed import IndexedStream, IndexedWriter, token_dtype
+from megaprior.data.indexed import IndexedStream, token_dtype
+from megaprior.data.indexed_writer import IndexedWriter
 from megaprior.errors import DataError
 from megaprior.files import BLOCK_BYTES, block_digests
 

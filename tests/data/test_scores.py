@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megaprior.data import manifest as mf
-from megaprior.data.indexed import IndexedWriter
+from megaprior.data.indexed_writer import IndexedWriter
 from megaprior.data.scores import refuse_bad_scores
 from megaprior.data.shards import ScoreWriter, Shard, ShardSet, ShardWriter, verify, write_build
 from megaprior.errors import DataError

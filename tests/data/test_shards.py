@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from megaprior.data import manifest as mf
-from megaprior.data.indexed import IndexedWriter
+from megaprior.data.indexed_writer import IndexedWriter
 from megaprior.data.shards import ScoreWriter, Shard, ShardSet, ShardWriter, verify, write_build
 from megaprior.errors import DataError
 from megaprior.files import block_digests, digest_json, write_manifest
@@ -301,6 +301,38 @@ def test_a_refused_sample_leaves_the_streams_aligned(tmp_path: Path, tokenizer: 
         ("last", [6, 7, 2], b"y"),
     ]
     assert verify(tmp_path) == []
+
+
+def test_captions_added_together_are_captions_added_one_by_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    random = np.random.default_rng(5)
+    samples = [random.integers(0, tokenizer.vocab_size, k).tolist() for k in [3, 1, 90_000, 2, 140_000, *[40] * 900]]
+    keys = [f"caption \u00e9 {i}" for i in range(len(samples))]
+    for name, block in (("one", 1), ("few", 7), ("all", len(samples))):
+        with ShardWriter(
+            tmp_path / name, "00000", tokenizer=tokenizer, build_id="b", kind="text", source={}, options={}
+        ) as writer:
+            for start in range(0, len(samples), block):
+                some = slice(start, start + block)
+                if name == "one":
+                    writer.add(keys[start], samples[start], truncated=start < 4)
+                else:
+                    truncated = len(range(*some.indices(4)))
+                    writer.add_texts(keys[some], samples[some], truncated=truncated)
+            writer.finish()
+    assert contents(tmp_path / "one") == contents(tmp_path / "few") == contents(tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"), [([], "0 tokens"), ([-1], "ids -1 to"), ([300], "300 in a vocabulary of 300")]
+)
+def test_of_captions_added_together_the_bad_one_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, ids: list[int], words: str
+) -> None:
+    with (
+        ShardWriter(tmp_path, "00000", tokenizer=tokenizer, build_id="b", kind="text", source={}, options={}) as writer,
+        pytest.raises(DataError, match=rf"00000 sample 1 \(key bad\): .*{words}"),
+    ):
+        writer.add_texts(["good", "bad"], [[5, 2], ids])
 
 
 def test_an_image_has_no_place_in_text(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaprior.data.indexed import IndexedStream, IndexedWriter
+from megaprior.data.indexed import IndexedStream
+from megaprior.data.indexed_writer import IndexedWriter
 from megaprior.data.shards import ShardSet
 from megaprior.data_tools.building.build import build
 from megaprior.data_tools.options import BuildOptions

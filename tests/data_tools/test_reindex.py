@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megaprior.data.indexed import IndexedWriter
+from megaprior.data.indexed_writer import IndexedWriter
 from megaprior.data.shards import ShardSet, verify
 from megaprior.data_tools.building.build import build
 from megaprior.data_tools.options import BuildOptions
