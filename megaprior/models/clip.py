@@ -22,6 +22,7 @@ from megaprior.models.augmentation import Augmentation
 from megaprior.models.clip_config import ClipConfig, describe_clip, read_clip_config
 from megaprior.models.folder import load_whole, quiet, read_llama_config
 from megaprior.models.outputs import PairStates
+from megaprior.models.recompute import Recompute, checkpoint_layers
 from megaprior.models.vision import CLIP_MEAN, CLIP_STD, Preprocessing, image_processor, read_preprocessing, to_pixels
 
 MOST_SCALE = 100.0  # of the inverse temperature, as CLIP's authors have it
@@ -134,10 +135,10 @@ class Clip(nn.Module):
         read = self.text_model(input_ids=ids).pooler_output
         return nn.functional.normalize(self.text_projection(read).float(), dim=-1)
 
-    def checkpoint_activations(self) -> None:
-        """Keep only each layer's input for backward and compute the rest again."""
+    def checkpoint_activations(self, mode: Recompute = "full") -> None:
+        """Compute each layer of both towers again in backward, see `megaprior.models.recompute`."""
         for tower in (self.text_model, self.vision_model):
-            tower.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(tower, mode)
 
     def save_pretrained(
         self,

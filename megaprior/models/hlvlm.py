@@ -29,6 +29,7 @@ from megaprior.models.fingerprint import model_fingerprint
 from megaprior.models.head import LossHead
 from megaprior.models.lm import TextLM, Trains
 from megaprior.models.outputs import States
+from megaprior.models.recompute import Recompute
 from megaprior.models.vision import Preprocessing, VisionTower, patches_per_side, square_side
 
 FROZEN = "frozen."  # what the names of partitioned frozen parameters begin with
@@ -164,9 +165,9 @@ class HLVLM(nn.Module):
         empty = torch.empty(0, config.hidden_size, device=self.device)
         return empty, empty
 
-    def checkpoint_activations(self) -> None:
-        """Keep only each layer's input of the language model for backward, and compute the rest again."""
-        self.lm.checkpoint_activations()
+    def checkpoint_activations(self, mode: Recompute = "full") -> None:
+        """Compute each layer of the language model again in backward, see `megaprior.models.recompute`."""
+        self.lm.checkpoint_activations(mode)
 
     def train(self, mode: bool = True) -> HLVLM:
         """The tower stays in evaluation mode; the language model follows, since checkpointing heeds it (it has no dropout)."""

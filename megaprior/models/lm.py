@@ -25,6 +25,7 @@ from megaprior.models.folder import from_folder, quiet, read_llama_config
 from megaprior.models.head import LossHead
 from megaprior.models.outputs import States
 from megaprior.models.presets import PRESETS, Preset
+from megaprior.models.recompute import Recompute, checkpoint_layers
 from megaprior.models.vision import TowerConfig
 
 Model = TypeVar("Model", bound="TextLM")
@@ -140,11 +141,9 @@ class TextLM(LlamaForCausalLM):
         assert patches is None or not len(patches), "a text LM reads no patches"
         return self.model.embed_tokens(input_ids)
 
-    def checkpoint_activations(self) -> None:
-        """Keep only each layer's input for backward and compute the rest again."""
-        # Its former name, gradient_checkpointing_enable, is deprecated from transformers 5.2x on.
-        enable = getattr(self, "activation_checkpointing_enable", None) or self.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    def checkpoint_activations(self, mode: Recompute = "full") -> None:
+        """Compute each layer again in backward, see `megaprior.models.recompute`."""
+        checkpoint_layers(self, mode)
 
     def save_pretrained(  # type: ignore[override]
         self,

@@ -28,6 +28,7 @@ from megaprior.train.checkpoint import resolve_model
 from megaprior.train.engine import LocalEngine
 from megaprior.train.pairs import refuse_text
 from megaprior.train.settings import RunConfig
+from megaprior.train.zero3_config import resolve_extras
 
 if TYPE_CHECKING:
     from megaprior.distributed import Peers
@@ -92,8 +93,8 @@ def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> Model:
         model = build_clip(of.clip, init=of.init, preset=of.preset, dtype=of.dtype, **ids, seed=cfg.seed)
     else:
         model = build_text_lm(cfg.model, **ids, seed=cfg.seed)
-    if cfg.activation_checkpointing == "full":
-        model.checkpoint_activations()
+    if cfg.activation_checkpointing != "none":
+        model.checkpoint_activations(cfg.activation_checkpointing)
     return model
 
 
@@ -142,10 +143,14 @@ def build_engine(cfg: RunConfig, model: Model, *, peers: Peers, groups: int, uni
     """The configured engine; `universal` says that its state comes from another number of ranks."""
     if cfg.engine == "local":
         return local_engine(cfg, model, groups=groups)
-    from megaprior.train.zero3 import Zero3Engine, read_extras
+    from megaprior.train.zero3 import Zero3Engine
 
-    extras = read_extras(cfg.zero) if isinstance(cfg.zero, Path) else cfg.zero
-    module = Step(model, objective(cfg))
     return Zero3Engine(
-        module, cfg.optim, peers=peers, precision=cfg.precision, extras=extras, groups=groups, universal=universal
+        Step(model, objective(cfg)),
+        cfg.optim,
+        peers=peers,
+        precision=cfg.precision,
+        extras=resolve_extras(cfg.zero),
+        groups=groups,
+        universal=universal,
     )

@@ -14,6 +14,7 @@ from megaprior.files import digest_json
 from megaprior.models.lm import ModelConfig
 from megaprior.trackers import TrackerConfig
 from megaprior.train.optim import OptimConfig, check_optim, learning_rate
+from megaprior.train.zero3_config import resolve_extras, zero_stage
 
 # These leave every loss and weight as it is, so a resumed run may have others. Data are compared by what they hold and not
 # by their paths (`Loader.identity`).
@@ -50,7 +51,7 @@ class RunConfig:
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # what of a layer is computed twice
     engine: Literal["local", "zero3"] = "local"
     zero: dict[str, Any] | Path = field(default_factory=dict)  # DeepSpeed options beside the loop's own, or a JSON file
     save_every: int = 500
@@ -98,6 +99,13 @@ def check_run(cfg: RunConfig, *, world: int) -> None:
         raise UsageError(
             f"model.trains={cfg.model.trains} is for stage=hlvlm; stage={cfg.stage} trains its whole model anyway: remove it"
         )
+    if cfg.engine == "zero3":
+        stage = zero_stage(resolve_extras(cfg.zero))
+        if cfg.model.frozen == "partitioned" and stage < 3:
+            raise UsageError(
+                f"model.frozen=partitioned but zero.zero_optimization.stage is {stage}, which partitions no parameters: use "
+                "stage 3, or model.frozen=replicated"
+            )
     if cfg.engine == "local" and cfg.model.frozen == "partitioned":
         raise UsageError(
             "model.frozen=partitioned spreads over the ranks of engine=zero3; one process holds all: use replicated"

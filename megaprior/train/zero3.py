@@ -1,23 +1,17 @@
-"""The engine of every launcher: DeepSpeed ZeRO-3. No other file imports deepspeed.
+"""The engine of every launcher: DeepSpeed ZeRO, stage 3 unless the configuration says 1 or 2.
 
-Parameters, gradients and AdamW's state are partitioned over the ranks. DeepSpeed sees one micro-step per step
-(`gradient_accumulation_steps` 1) because their number varies; where a step ends is told before each forward. Gradients are
-averaged over ranks, so the loss is multiplied with their number: what remains is the sum, as in one process. Clipping is
-ours, since DeepSpeed would clip only inside the update, after the moment at which a NaN can still be refused.
+AdamW's state is partitioned over the ranks, from stage 2 on gradients too, in stage 3 parameters too. DeepSpeed sees one
+micro-step per step (`gradient_accumulation_steps` 1) because their number varies; where a step ends is told before each forward.
+Gradients are averaged over ranks, so the loss is multiplied with their number: what remains is the sum, as in one process.
+Clipping is ours, since DeepSpeed would clip only inside the update, after the moment at which a NaN can still be refused.
+
+zero3_config.py says which of DeepSpeed's options are the user's; zero3_start.py brings it up; zero3_stages.py knows where each
+stage keeps its gradients; zero3_state.py reads and writes its checkpoints. No file but these imports deepspeed.
 """
 
 from __future__ import annotations
 
-import fcntl
-import importlib.metadata
-import json
-import os
-import shutil
-import sys
-import time
-import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,27 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from megaprior.distributed import Peers
-from megaprior.errors import CheckpointError, UsageError
+from megaprior.errors import UsageError
 from megaprior.models.hlvlm import HLVLM
-from megaprior.telemetry import say
 from megaprior.train.engine import Precision, Sums, frozen_tensors, model_weights
-from megaprior.train.optim import OptimConfig, adamw
-from megaprior.train.snapshot import DeferredWrites, HostBuffers, Write
+from megaprior.train.optim import OptimConfig, adamw, parameter_groups
+from megaprior.train.snapshot import HostBuffers, Write
+from megaprior.train.zero3_config import check_extras, deepspeed_config, offload_ratio, zero_stage
+from megaprior.train.zero3_stages import rates, stage_of
+from megaprior.train.zero3_start import check_version, prebuild_cpu_adam, start_deepspeed
+from megaprior.train.zero3_state import load_state, save_state, snapshot_state
 
 if TYPE_CHECKING:
     from megaprior.data.samples import Batch
 
-OLDEST = (0, 19, 3)  # earlier ones corrupt frozen parameters under activation checkpointing
-_TAG = "zero3"
-_STALE_LOCK_S = 60.0
-_OURS = {
-    "gradient_accumulation_steps": 1,
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_clipping": 0.0,
-    "data_types": {"grad_accum_dtype": "fp32"},
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
+__all__ = ["Zero3Engine", "check_version"]
 
 
 class Zero3Engine:
@@ -64,17 +51,27 @@ class Zero3Engine:
         groups: int = 1,
         universal: bool = False,
     ) -> None:
-        """`extras` are DeepSpeed options beside ours; `universal` says that `load_state` will change the number of ranks."""
+        """`extras` are DeepSpeed options beside ours; `universal` says that `load_state` will change the number of ranks.
+
+        Raises:
+            UsageError: an option has its home elsewhere, or DeepSpeed refuses it.
+        """
+        check_extras(extras)
+        self._stage_number = zero_stage(extras)
         config = deepspeed_config(extras, precision=precision, world=peers.place.world, universal=universal)
-        deepspeed = _start_deepspeed(peers)
+        deepspeed = start_deepspeed(peers)
+        refuse_unknown(config["zero_optimization"])
         self.place, self._peers = peers.place, peers
-        optimizer = adamw(module, optim, fused=torch.cuda.is_available())
+        optimizer = _optimizer(module, optim, config["zero_optimization"], peers)
         self._engine, self._zero, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._stage = stage_of(self._zero)
         self.module = self._engine.module
         self.module.train()
         self.device = self._engine.device
-        if isinstance(self.module.model, HLVLM) and not self.module.model.partitioned:
-            self.module.model.to(self.device)  # DeepSpeed moves what it partitions, and what is frozen lies outside
+        model = self.module.model
+        if isinstance(model, HLVLM) and not model.partitioned:
+            for part in model.frozen_parts.values():  # DeepSpeed moves what it is given; what is frozen lies outside
+                part.to(self.device)
         self._sums = Sums(self.device, groups)
 
     def accumulate(self, row: Batch, group: Tensor, *, last: bool) -> None:
@@ -86,20 +83,19 @@ class Zero3Engine:
 
     def sums(self) -> list[float]:
         """See `Engine`; the squared norm is that of this rank's partition."""
-        return self._sums.take(self._partitions())
+        return self._sums.take(self._stage.gradients())
 
     def update(self, *, lr: float, scale: float) -> None:
         """See `Engine`."""
         if scale != 1.0:
-            torch._foreach_mul_(self._partitions(), scale)
-        for group in self._zero.param_groups:
+            torch._foreach_mul_(self._stage.gradients(), scale)
+        for group in rates(self._zero):
             group["lr"] = lr
         self._engine.step()
 
     def discard(self) -> None:
         """See `Engine`."""
-        self._zero.zero_grad()
-        self._zero.averaged_gradients = {}
+        self._stage.discard()
         self._sums.drop()
 
     def evaluate(self, row: Batch) -> Tensor:
@@ -138,180 +134,47 @@ class Zero3Engine:
 
     def save_state(self, folder: Path) -> None:
         """See `Engine`: DeepSpeed's own files, one set per rank; our manifest is the one that commits them."""
-        for write in self.snapshot_state(folder, None):
-            write.run()
+        save_state(self._engine, folder, stage=self._stage_number, peers=self._peers)
 
     def snapshot_state(self, folder: Path, buffers: HostBuffers | None) -> list[Write]:
         """See `Engine`."""
-        deferred = DeferredWrites(self._engine.checkpoint_engine, buffers)
-        self._engine.checkpoint_engine = deferred
-        try:
-            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-        finally:
-            self._engine.checkpoint_engine = deferred.writer
-        return deferred.writes
+        return snapshot_state(self._engine, folder, buffers, stage=self._stage_number, peers=self._peers)
 
     def load_state(self, folder: Path, *, world: int) -> None:
         """See `Engine`; another number of ranks goes through DeepSpeed's universal format. Verify the manifest first: these
-        files are pickles, and only those that a run of ours wrote may be opened."""
-        if world == self.place.world:
-            self._load(folder)
-            return
-        whole = folder.parent.with_name(f".{folder.parent.name}.universal")
-        say(f"resuming the state of {world} ranks on {self.place.world}: converting it")
-        self._peers.first_does(lambda: _convert_universal(folder / _TAG, whole / _TAG))
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._zero.param_groups]
-        try:
-            self._load(whole)
-            # DeepSpeed 0.19.8 gives every group the settings of the first (weight decay on norms, measured: losses off by
-            # 2e-3 after three steps), and all partitions one `step` tensor, which each of them then increments.
-            for group, own in zip(self._zero.param_groups, settings, strict=True):
-                group.update(own)
-            for state in self._zero.optimizer.state.values():
-                state["step"] = state["step"].clone()
-        finally:
-            self._peers.settle()
-            if self.place.rank == 0:
-                shutil.rmtree(whole, ignore_errors=True)
+        files are pickles, and only those that a run of ours wrote may be opened.
 
-    def _load(self, folder: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load; resume from an earlier checkpoint")
+        Raises:
+            CheckpointError: another stage or optimizer wrote them.
+        """
+        load_state(self._engine, folder, stage=self._stage_number, world=world, peers=self._peers)
 
-    def _partitions(self) -> list[Tensor]:
-        """This rank's part of every accumulated gradient, fp32; changing them in place changes the update."""
-        groups = self._zero.get_fp32_grad_partitions()
-        return [part for group in groups.values() for part in group.values()]
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the module, so that another engine may be formed in this process."""
+        self._engine.destroy()
 
 
-def deepspeed_config(extras: dict[str, Any], *, precision: Precision, world: int, universal: bool) -> dict[str, Any]:
-    """`extras` with what the loop's contract fixes laid over them.
+def _optimizer(module: nn.Module, optim: OptimConfig, zero: dict[str, Any], peers: Peers) -> Any:
+    """AdamW for what this rank updates: torch's, fused on a GPU and in host memory; DeepSpeed's own for host memory where it
+    accepts no other, which is when only a part of the state lies there."""
+    share = offload_ratio(zero)
+    if share in (0.0, 1.0):
+        return adamw(module, optim, fused=torch.cuda.is_available() or share == 1.0)
+    prebuild_cpu_adam(peers)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    Raises:
-        UsageError: an extra contradicts the contract.
-    """
-    fixed = {**_OURS, "train_batch_size": world, "bf16": {"enabled": precision == "bf16"}}
-    for key, value in fixed.items():
-        if extras.get(key, value) not in (value, "auto"):
-            raise UsageError(f"zero.{key} is {extras[key]!r}, the training loop needs {value!r}; remove it")
-    zero = extras.get("zero_optimization", {})
-    if zero.get("stage", 3) != 3:
-        raise UsageError(f"zero.zero_optimization.stage is {zero['stage']}; this engine is ZeRO stage 3, remove it")
-    merged = {"steps_per_print": 1 << 62, **extras, **fixed, "zero_optimization": {**zero, "stage": 3}}
-    if universal:
-        merged["checkpoint"] = {**extras.get("checkpoint", {}), "load_universal": True}
-    return merged
+    groups = parameter_groups(module, optim.weight_decay)
+    return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, adamw_mode=True)
 
 
-def read_extras(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file, for example one of launch/deepspeed/.
+def refuse_unknown(zero: dict[str, Any]) -> None:
+    """DeepSpeed's own opinion of its section, as one line."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
 
-    Raises:
-        UsageError: it is missing or no JSON object.
-    """
     try:
-        extras = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a DeepSpeed configuration ({error})") from None
-    if not isinstance(extras, dict):
-        raise UsageError(f"{path}: a DeepSpeed configuration is a JSON object")
-    return extras
-
-
-def check_version() -> None:
-    """Refuse a DeepSpeed that is missing or too old, before anything is loaded.
-
-    Raises:
-        UsageError: gives both versions and the command.
-    """
-    remedy = f"pip install 'deepspeed>={'.'.join(map(str, OLDEST))}', or train on one process with engine=local"
-    try:
-        found = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        raise UsageError(f"engine=zero3 needs DeepSpeed, which is not installed: {remedy}") from None
-    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:3] if part.isdigit())
-    if numbers < OLDEST:
-        raise UsageError(
-            f"DeepSpeed {found} is older than {'.'.join(map(str, OLDEST))}, the first that trains right: {remedy}"
-        )
-
-
-def prepare_environment() -> None:
-    """Settle what DeepSpeed reads from the environment when it is imported."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    # Another ninja on PATH (Debian's) would find this environment's build out of date and compile it again, and back.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(cache / "megaprior" / "torch_extensions")
-
-
-def _start_deepspeed(peers: Peers) -> Any:
-    """Import DeepSpeed on top of the process group that exists already, its compiled operators built by one rank per machine."""
-    prepare_environment()
-    if not torch.distributed.is_initialized():  # one process: DeepSpeed still wants a group
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    if peers.place.local_rank == 0:
-        prebuild()
-    peers.settle()
-    # DeepSpeed calls collectives under names that torch 2.13 deprecates, once per rank and call site.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    import deepspeed
-
-    deepspeed.init_distributed(verbose=False)
-    return deepspeed
-
-
-def prebuild() -> None:
-    """Compile the operator that DeepSpeed loads on CPU before its first collective (about a minute, once per machine).
-
-    A build that was killed leaves a lock behind on which every later one waits without a word: while we hold our own lock,
-    one older than a minute is such a leftover.
-    """
-    if torch.cuda.is_available():
-        return
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".megaprior.lock", "w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        for lock in (path for path in folder.glob("**/lock") if is_stale(path)):
-            say(f"removed the lock of a killed build, {lock}")
-            lock.unlink(missing_ok=True)
-        if not any(folder.glob("**/deepspeed_shm_comm*.so")):
-            say("compiling DeepSpeed's CPU communication operator (about a minute, once per machine)")
-        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-        ShareMemCommBuilder().load(verbose=False)
-
-
-def is_stale(lock: Path) -> bool:
-    """Whether a build lock outlives any build that is still going on without our own lock."""
-    while lock.exists():
-        age = time.time() - lock.stat().st_mtime
-        if age > _STALE_LOCK_S:
-            return True
-        time.sleep(0.2)
-    return False
-
-
-def _convert_universal(source: Path, target: Path) -> None:
-    """DeepSpeed's checkpoint of any number of ranks -> its universal format, which any number of ranks loads."""
-    from argparse import Namespace
-
-    from deepspeed.checkpoint import ds_to_universal
-
-    shutil.rmtree(target.parent, ignore_errors=True)
-    options = Namespace(
-        input_folder=str(source),
-        output_folder=str(target),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=False,
-    )
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        ds_to_universal.main(options)
+        DeepSpeedZeroConfig(**zero)
+    except (ValidationError, AssertionError) as error:
+        found = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(["zero.zero_optimization", *map(str, found["loc"])])
+        raise UsageError(f"{where}: DeepSpeed says: {found['msg']}") from None

@@ -1,4 +1,4 @@
-"""Two real ZeRO-3 ranks on CPU against the plain engine: gradients, losses, checkpoints, resumes."""
+"""Whole runs on real ZeRO-3 ranks on CPU: resumes, signals, kills; and what of DeepSpeed's options is refused. See test_equality.py."""
 
 from __future__ import annotations
 
@@ -15,23 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
-from train_children import (
-    PARTITION_ALL,
-    SIZES,
-    config,
-    free_port,
-    golden_settings,
-    settings,
-    uneven_data,
-)
+from train_children import PARTITION_ALL, config, free_port, golden_settings, hlvlm_settings, settings
 
-from megaprior.data.samples import Batch
 from megaprior.errors import UsageError
-from megaprior.train import assembly
-from megaprior.train.zero3 import check_version, deepspeed_config, is_stale
+from megaprior.train.run import train
+from megaprior.train.zero3 import refuse_unknown
+from megaprior.train.zero3_config import check_extras, deepspeed_config
+from megaprior.train.zero3_start import check_version, is_stale
 
 
 def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -45,60 +36,6 @@ def losses(out: Path) -> list[float]:
 
 def model_bytes(out: Path, step: int) -> bytes:
     return (out / "checkpoints" / f"step_{step:08d}" / "model" / "model.safetensors").read_bytes()
-
-
-def rows_of_rank(values: dict[str, Any], *, rank: int) -> list[Batch]:
-    """All rows of one of two ranks in 20 steps."""
-    cfg = config(values)
-    tokenizer = assembly.open_tokenizer(cfg)
-    spec = assembly.vision_spec(assembly.build_model(cfg, tokenizer))
-    loader = assembly.open_loader(cfg, tokenizer, spec, rank=rank, world=2)
-    rows = [row for step in range(20) for row in loader.batch(step).micro]
-    loader.close()
-    return rows
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("tied", "impl"), [(False, "auto"), (False, "triton"), (True, "triton")])
-def test_first_gradients_and_twenty_losses_equal_the_plain_engine(
-    world: Path, tmp_path: Path, launch: Callable[..., list[int]], spawn: Callable[..., Any], tied: bool, impl: str
-) -> None:
-    """With "triton" the ranks' loss is that of the Triton kernels on a partitioned head, the one process's the plain form."""
-    values = settings(
-        world,
-        tmp_path / "local",
-        steps=20,
-        save_every=20,
-        eval_every=10,
-        data=uneven_data(world, tmp_path),
-        model={"llama": {**SIZES, "tie_word_embeddings": tied}, "patch": 16, "limit": 32},
-        activation_checkpointing="full" if tied else "none",
-    )
-    single = spawn(values, {"gradients": str(tmp_path / "local.pt")})
-    single.join(120)
-    assert single.exitcode == 0
-    both = {**values, "out": str(tmp_path / "both")}
-    fault, environment = {"gradients": str(tmp_path / "both.pt")}, {"MEGAPRIOR_LOSS_IMPL": impl}
-    assert launch(both, fault=fault, environment=environment) == [0, 0]
-
-    first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("local", "both"))
-    assert first.keys() == second.keys()
-    assert len(first) == (22 if not tied else 21)
-    for name in first:
-        torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-5, msg=name)
-    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "local"), rel=0, abs=1e-5)
-    for kind, key in (("train", "grad_norm"), ("train", "source1_ntp_loss"), ("eval", "heldout_ntp_above")):
-        one, other = ([line[key] for line in lines(tmp_path / name, kind)] for name in ("local", "both"))
-        assert other == pytest.approx(one, rel=1e-5)
-    # What the comparison is worth: different numbers of rows, rows without an image, and dummies without anything.
-    assert len({line["micro_steps"] for line in lines(tmp_path / "both")}) >= 2
-    rows = rows_of_rank(values, rank=0) + rows_of_rank(values, rank=1)
-    assert any(len(row.targets) and not len(row.patches) for row in rows)
-    assert any(not len(row.targets) for row in rows)
-    # AdamW divides by the gradient's size, so rounding shows most where gradients vanish: 5e-5 of 0.46 was the worst seen.
-    for name, tensor in load_file(tmp_path / "local/checkpoints/step_00000020/model/model.safetensors").items():
-        other = load_file(tmp_path / "both/checkpoints/step_00000020/model/model.safetensors")[name]
-        torch.testing.assert_close(other, tensor, rtol=0, atol=3e-4, msg=name)
 
 
 @pytest.mark.slow
@@ -155,13 +92,10 @@ def test_bf16_trains_like_fp32_at_first(world: Path, tmp_path: Path, launch: Cal
     assert losses(tmp_path / "run") != pytest.approx(golden, rel=1e-5)
 
 
-def test_the_contract_cannot_be_configured_away() -> None:
-    merged = deepspeed_config(
-        {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True},
-        precision="bf16",
-        world=4,
-        universal=True,
-    )
+def test_the_contract_is_laid_over_the_options() -> None:
+    extras = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+    check_extras(extras)
+    merged = deepspeed_config(extras, precision="bf16", world=4, universal=True)
     assert merged["gradient_accumulation_steps"] == 1
     assert merged["train_batch_size"] == 4
     assert merged["gradient_clipping"] == 0.0
@@ -169,9 +103,62 @@ def test_the_contract_cannot_be_configured_away() -> None:
     assert merged["zero_optimization"] == {"overlap_comm": False, "stage": 3}
     assert merged["bf16"] == {"enabled": True}
     assert merged["checkpoint"] == {"load_universal": True}
-    for wrong in ({"gradient_clipping": 1.0}, {"gradient_accumulation_steps": 4}, {"zero_optimization": {"stage": 2}}):
-        with pytest.raises(UsageError, match="remove it"):
-            deepspeed_config(wrong, precision="fp32", world=1, universal=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "home"),
+    [
+        ("train_batch_size", 512, r"data\.batch_size"),
+        ("train_micro_batch_size_per_gpu", 1, r"data\.max_tokens"),
+        ("gradient_accumulation_steps", 1, r"data\.max_tokens"),
+        ("gradient_clipping", 0.0, r"optim\.clip"),
+        ("gradient_clipping", "auto", r"optim\.clip"),
+        ("optimizer", {"type": "AdamW"}, r"optim\.lr"),
+        ("scheduler", {"type": "WarmupLR"}, r"optim\.schedule"),
+        ("fp16", {"enabled": "auto"}, "precision"),
+        ("bf16", {"enabled": False}, "precision"),
+        ("amp", {"enabled": True}, "precision"),
+        ("torch_autocast", {"enabled": True}, "precision"),
+        ("data_types", {"grad_accum_dtype": "bf16"}, "precision"),
+        ("activation_checkpointing", {"partition_activations": True}, "activation_checkpointing=none"),
+        ("compile", {"deepcompile": True}, "set compile"),
+        ("zero_optimisation", {}, "did you mean 'zero_optimization'"),
+        ("zero_optimization", {"stage": 0}, "1, 2 or 3"),
+        ("zero_optimization", {"stage": "auto"}, "1, 2 or 3"),
+        ("zero_optimization", {"stage": 2, "zero_hpz_partition_size": 8}, "needs stage 3"),
+        ("zero_optimization", {"stage": 1, "zero_quantized_gradients": True}, "needs stage 3"),
+        ("zero_optimization", {"stage": 2, "offload_param": {"device": "cpu"}}, "needs stage 3"),
+        ("zero_optimization", {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "all or nothing"),
+        ("zero_optimization", {"offload_optimizer": {"device": "nvme"}}, "'cpu' only"),
+        ("zero_optimization", {"zenflow": {"topk_ratio": 0.1}}, "cannot train with it"),
+        ("checkpoint", {"load_universal": True}, "finds out by itself"),
+    ],
+)
+def test_what_has_its_home_elsewhere_is_refused_by_name(
+    world: Path, tmp_path: Path, key: str, value: Any, home: str
+) -> None:
+    """Equal values and "auto" too: there is one place to look."""
+    (tmp_path / "zero.json").write_text(json.dumps({key: value}))
+    for zero in ({key: value}, str(tmp_path / "zero.json")):
+        with pytest.raises(UsageError, match=rf"zero\.{key}.*{home}") as caught:
+            train(config(settings(world, tmp_path / "run", engine="zero3", zero=zero)))
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_partitioned_parts_need_stage_3(world: Path, tmp_path: Path) -> None:
+    values = hlvlm_settings(world, tmp_path, tmp_path / "run", model={"frozen": "partitioned"})
+    with pytest.raises(UsageError, match=r"frozen=partitioned.*stage is 2.*replicated"):
+        train(config({**values, "engine": "zero3", "zero": {"zero_optimization": {"stage": 2}}}))
+
+
+def test_deepspeeds_own_complaint_is_one_line() -> None:
+    extras = {"zero_optimization": {"overlap_com": True}}
+    with pytest.raises(
+        UsageError, match=r"zero\.zero_optimization\.overlap_com: DeepSpeed says: .*not permitted"
+    ) as caught:
+        refuse_unknown(extras["zero_optimization"])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
