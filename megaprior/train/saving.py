@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,8 @@ class Saver:
             frozen: the digest of what is frozen, where it is known.
         """
         self.last: Checkpoint | None = None  # the newest one that this object wrote, on rank 0
-        self._run, self._engine, self._peers, self._tokenizer = run, engine, peers, tokenizer
+        self._run, self._engine, self._peers = run, engine, peers
+        self._tokenizer = _files_of(tokenizer) if engine.place.rank == 0 else {}
         self._facts, self._log, self._timeout_s, self._frozen = facts, log, timeout_s, frozen
         self._background, self._keep = background, {"keep_last": keep_last, "keep_every": keep_every}
         self._buffers, self._writing, self._line = HostBuffers(), None, {}
@@ -105,10 +107,9 @@ class Saver:
             patience_s=self._timeout_s,
             committed=lambda: prune(self._run, **self._keep),
         )
-        stall_s = time.perf_counter() - began
-        self._line = {"step": step, "background": background, "stall_s": stall_s, "wait_s": waited}
+        self._line = {"step": step, "background": background, "wait_s": waited, "stall_s": time.perf_counter() - began}
         if not background:
-            self._line["stall_s"] += self._drain()
+            self._drain()
             self._buffers.free()
 
     def poll(self) -> None:
@@ -199,7 +200,9 @@ class Saver:
         model.save_pretrained(folder, state_dict=weights)
         for place in (folder, folder / LM_FOLDER):  # a language model that trained is a text LM of its own
             if place.is_dir():
-                self._tokenizer.save(place / "tokenizer")
+                (place / "tokenizer").mkdir()
+                for name, content in self._tokenizer.items():
+                    (place / "tokenizer" / name).write_bytes(content)
 
     def _guarded(self, where: Destination, work: Callable[[], None]) -> None:
         """Run one rank's part; a failure anywhere is raised on all ranks, and a full disk is explained."""
@@ -230,6 +233,15 @@ class Saver:
         self._writing = None
         writing.wait()
         self.last = writing.checkpoint
+        if not self._line["background"]:
+            self._line["stall_s"] += writing.seconds
         if self._log is not None and writing.checkpoint is not None:
             size = sum(entry["bytes"] for entry in writing.checkpoint.manifest["files"].values())
             self._log.write({"kind": "save", **self._line, "write_s": writing.seconds, "bytes": size})
+
+
+def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Its files by name, in memory: they may have been read from a checkpoint that does not stay for the whole run."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
