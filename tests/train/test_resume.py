@@ -68,21 +68,25 @@ def finish(process: Any) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize("row", [1, 4, 6, 9, 12])
+@pytest.mark.parametrize(
+    ("row", "background"), [(1, True), (4, False), (6, True), (6, False), (9, True), (12, True), (12, False)]
+)
 def test_killed_before_any_row_and_repeated(
-    world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path, row: int
+    world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path, row: int, background: bool
 ) -> None:
     # Two rows a step: odd numbers are the beginning of a step, even ones the middle of its accumulation.
     out = tmp_path / "run"
-    assert finish(spawn(run_settings(world, out), {"rows": row})) == -signal.SIGKILL
-    done = (row - 1) // 2
-    assert sorted(p.name for p in (out / "checkpoints").glob("step_*")) == [
-        f"step_{step:08d}" for step in range(SAVE_EVERY, done + 1, SAVE_EVERY)
-    ]
-    assert train(config(run_settings(world, out))) == 0
+    values = run_settings(world, out, save_background=background)
+    assert finish(spawn(values, {"rows": row})) == -signal.SIGKILL
+    due = range(SAVE_EVERY, (row - 1) // 2 + 1, SAVE_EVERY)
+    found = sorted(p.name for p in (out / "checkpoints").glob("step_*"))
+    expected = [f"step_{step:08d}" for step in due]
+    # The newest may not have been committed yet when it is written beside the training; the one before it was waited for.
+    assert found == expected or (background and found == expected[:-1])
+    assert train(config(values)) == 0
     assert facts(out) == facts(straight)
     assert weights(out) == weights(straight)
-    assert json.loads((out / "summary.json").read_text())["restarts"] == (1 if done >= SAVE_EVERY else 0)
+    assert json.loads((out / "summary.json").read_text())["restarts"] == (1 if found else 0)
 
 
 def test_killed_at_any_file_of_a_save(world: Path, straight: Path, spawn: Callable[..., Any], tmp_path: Path) -> None:
