@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megaprior.doctor.finding import Finding, amount, green
 
-_WEIGHTS = {"float32": 4, "bfloat16": 2}  # bytes of a parameter in model/
-_STATE = {
-    "local": 12,
-    "zero3": 16,
-}  # bytes of a trained parameter in state/: fp32 weight and two moments; ZeRO-3 also the weight
+_STATE = 12  # bytes of a trained parameter in state/: its fp32 weight and AdamW's two moments
+_TRAINED = re.compile(r"model: ([\d,]+) parameters")  # how train's plan begins that line, whatever the stage
 
 
 def look(config: str, overrides: Sequence[str], world: int) -> dict[str, Any]:
@@ -25,7 +23,6 @@ def look(config: str, overrides: Sequence[str], world: int) -> dict[str, Any]:
         MegapriorError: it could not start; the message says why.
     """
     from megaprior.config import load_config
-    from megaprior.tokenizer import load_tokenizer
     from megaprior.train.assembly import resolve_init
     from megaprior.train.plan import describe_plan
     from megaprior.train.settings import RunConfig, check_run
@@ -34,29 +31,24 @@ def look(config: str, overrides: Sequence[str], world: int) -> dict[str, Any]:
     check_run(cfg, world=world)
     cfg = resolve_init(cfg)
     lines = describe_plan(cfg, world=world).splitlines()
-    vocabulary = load_tokenizer(Path(cfg.data.train[0].path) / "tokenizer").vocab_size
-    size = checkpoint_bytes(cfg, vocabulary)
     left = -(-cfg.steps // cfg.save_every)
     kept = left if not cfg.keep_last else cfg.keep_last + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
     return {
         "lines": lines,
         "out": str(cfg.out),
-        "checkpoint": size,
+        "checkpoint": checkpoint_bytes(cfg, lines),
         "checkpoints": min(left, kept + 1),  # a new one is whole before an old one goes
     }
 
 
-def checkpoint_bytes(cfg: Any, vocabulary: int) -> int:
-    """About how large one checkpoint of the run is, in bytes: measured where it has one already, else reckoned."""
+def checkpoint_bytes(cfg: Any, lines: Sequence[str]) -> int:
+    """About how large one checkpoint of the run is, in bytes: measured where it has one, else reckoned from its plan."""
     done = sorted((cfg.out / "checkpoints").glob("step_*"))
     if done:
         return sum(path.stat().st_size for path in done[-1].rglob("*") if path.is_file())
-    if cfg.stage == "clip":
-        return 0  # a small model
-    from megaprior.planning.described import describe
-
-    trained = sum(describe(cfg, model_config=None, tower_config=None, vocabulary=vocabulary).trained.values())
-    return trained * (_WEIGHTS[cfg.model.dtype] + _STATE[cfg.engine])
+    trained = next(int(found[1].replace(",", "")) for line in lines if (found := _TRAINED.match(line)))
+    halves = cfg.model.dtype == "bfloat16" or (cfg.engine == "zero3" and cfg.precision == "bf16")
+    return trained * (_STATE + (2 if halves else 4))
 
 
 def nearest(folder: Path) -> Path:

@@ -132,7 +132,7 @@ def check_extensions(folder: Path, *, gpu: bool) -> list[Finding]:
         ]
     findings = list(_locks(folder, locks))
     shown = ", ".join(dict.fromkeys(name.removesuffix("_op") for name in compiled)) or "none yet"
-    if not gpu and not any("shm_comm" in name for name in compiled):
+    if not findings and not gpu and not any("shm_comm" in name for name in compiled):
         findings.append(_no_operator(folder))
     elif not findings:
         findings.append(green("compiled operators", f"{folder}: {shown}"))
