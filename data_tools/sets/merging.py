@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megaprior.data import manifest as mf
-from megaprior.data.indexed import BlockHasher
+from megaprior.data.hashing import BlockHasher
 from megaprior.data.scores import open_scores
 from megaprior.data.shards import Shard, ShardSet
 from megaprior.data_tools.sets.derived import (
