@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": FOUNDATION | {"kernels", "data", "models", "export", "train.checkpoint"},
     "caption": FOUNDATION | {"kernels", "data", "models", "export", "train.checkpoint"},
     "importing": FOUNDATION | {"kernels", "data", "models", "export", "train.checkpoint"},
+    "planning": FOUNDATION
+    | {"kernels", "data", "models", "planning", "train.settings", "train.assembly", "train.zero3_config"},
     "doctor": FOUNDATION | {"kernels", "data", "models", "train", "planning", "doctor"},
     "analysis": FOUNDATION | {"data", "kernels", "analysis"},
     "analysis.loss_split": FOUNDATION | {"data", "kernels", "analysis", "models", "train.checkpoint"},

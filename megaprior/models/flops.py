@@ -142,9 +142,10 @@ def hardware_flops(
     images: int,
     trained: Trained,
     patches: int = 0,
-    checkpointing: Literal["none", "full"] = "none",
+    checkpointing: Literal["none", "selective", "full"] = "none",
 ) -> Flops:
-    """FLOPs that are really executed: arguments as `train_flops`, recomputation is counted with backward.
+    """FLOPs that are really executed: arguments as `train_flops`, recomputation is counted with backward (selective: none, since
+    it keeps every product).
 
     Padding is executed too: give the padding tail as a segment and a dummy row as one.
     """
