@@ -44,9 +44,15 @@ def test_a_trained_language_model_is_a_text_lm_inside_the_folder(clip_folders, l
     # The next stage stands on it, whether it trains it further or not, and the tree may move as a whole.
     digest = model_fingerprint(own)
     for name, trains in (("frozen", "projector"), ("further", "projector_and_lm")):
-        again = build_hlvlm(ModelConfig(init=str(own), trains=trains), vocab_size=97, image_id=IMAGE)
+        start = ModelConfig(init=str(own), trains=trains, frozen_dtype="bfloat16" if name == "further" else "float32")
+        again = build_hlvlm(start, vocab_size=97, image_id=IMAGE)
+        assert {p.dtype for p in again.lm.parameters()} == {torch.float32}
         assert not any((p != q).any() for p, q in zip(again.lm.parameters(), model.lm.parameters(), strict=True))
         again.save_pretrained(tmp_path / "tree" / name)
+    shutil.copytree(
+        tmp_path / "tree" / "frozen", tmp_path / "elsewhere" / "deeper" / "frozen"
+    )  # alone: found as it was named
+    assert load_hlvlm(tmp_path / "elsewhere" / "deeper" / "frozen").places["lm"] == own / "lm"
     shutil.move(tmp_path / "tree", tmp_path / "moved")
     found = [load_model(tmp_path / "moved" / name) for name in ("own", "frozen", "further")]
     assert [kept.places["lm"].resolve().relative_to(tmp_path / "moved") for kept in found] == [
