@@ -78,9 +78,10 @@ def load_state(engine: Any, folder: Path, *, stage: Stage, world: int, peers: Pe
         # 2e-3 after three steps), and all partitions one `step` tensor, which each of them then increments.
         for group, own in zip(zero.param_groups, settings, strict=True):
             group.update(own)
-        for state in zero.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        for optimizer in (zero.optimizer, getattr(zero, "backup_optimizer", zero.optimizer)):
+            for state in optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
     finally:
         peers.settle()
         if peers.place.rank == 0:
@@ -98,15 +99,16 @@ def _load(engine: Any, folder: Path) -> None:
 @contextmanager
 def _plain_values_only() -> Iterator[None]:
     """DeepSpeed unpickles whatever a file holds (`weights_only=False`). Inside the block torch builds tensors, plain values and
-    the two objects of DeepSpeed's that its own states hold, and refuses all else, whoever wrote the file.
+    the few objects of DeepSpeed's that its own states hold, and refuses all else, whoever wrote the file.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             yield
     finally:
         if before is None:
@@ -117,8 +119,11 @@ def _plain_values_only() -> Iterator[None]:
 
 @contextmanager
 def _one_optimizer(zero: Any) -> Iterator[None]:
-    """With a `ratio` below 1, two optimizers share the partitions, and DeepSpeed saves and loads only the first's state: AdamW's
-    moments of the other part would begin again at zero, without a word. Inside the block the first holds all."""
+    """With a `ratio` below 1, two optimizers share the partitions, and DeepSpeed 0.19.8 saves and loads only the first's state:
+    AdamW's moments of the other part would begin again at zero, without a word. Inside the block the first holds all.
+
+    A load also leaves the first's partitions in the groups of the second, which would update them as well at every step.
+    """
     backup = getattr(zero, "backup_optimizer", None)
     if backup is None:
         yield
@@ -130,6 +135,8 @@ def _one_optimizer(zero: Any) -> Iterator[None]:
     for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
         if zero.subgroup_to_device[i] != "cpu" and flat in zero.optimizer.state:
             backup.state[flat] = zero.optimizer.state.pop(flat)
+    for group in backup.param_groups:
+        group["params"] = []
 
 
 def _layout(zero: Any, stage: Stage) -> dict[str, Any]:
