@@ -64,7 +64,7 @@ class Clip(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.visual_projection.weight.device
+        return next(self.parameters()).device
 
     @property
     def positions(self) -> int:
@@ -127,7 +127,8 @@ class Clip(nn.Module):
         pixels = to_pixels(patches, side=side, mean=said.mean, std=said.std)
         if self.training:
             pixels = self.augmentation.images(pixels)
-        seen = self.vision_model(pixel_values=pixels.to(self.visual_projection.weight.dtype)).pooler_output
+        dtype = next(self.parameters()).dtype  # ZeRO-3 would gather a weight that is named here
+        seen = self.vision_model(pixel_values=pixels.to(dtype)).pooler_output
         return nn.functional.normalize(self.visual_projection(seen).float(), dim=-1)
 
     def embed_captions(self, ids: torch.Tensor) -> torch.Tensor:

@@ -117,7 +117,7 @@ class HLVLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.projector.linear_1.weight.device
+        return next(self.projector.parameters()).device
 
     def num_parameters(self) -> int:
         """Of the projector, the language model and what is kept of the tower."""
@@ -141,7 +141,8 @@ class HLVLM(nn.Module):
         result is the projected features [I * P, H], `cls` the tower's CLS features [I, W].
         """
         features, cls = self._see(patches)
-        vision = self.projector(features.to(self.projector.linear_1.weight.dtype))
+        # Not by naming a weight: ZeRO-3 would gather it on the spot, on ranks that come this way and not on others.
+        vision = self.projector(features.to(next(self.projector.parameters()).dtype))
         if patch_index is None:
             patch_index = input_ids.new_empty(0)
         # The id of an image token may lie beyond the vocabulary; what it would embed is overwritten anyway.

@@ -44,7 +44,7 @@ class ULVLM(TextLM):
         if patches is None or patch_index is None or not len(patches):
             patches = input_ids.new_empty(0, self.patch_embed.in_features, dtype=torch.uint8)
             patch_index = input_ids.new_empty(0)
-        pixels = normalize_pixels(patches).to(self.patch_embed.weight.dtype)
+        pixels = normalize_pixels(patches).to(embeds.dtype)
         return embeds.index_add(0, patch_index, self.patch_embed(pixels).to(embeds.dtype))
 
     def name_architecture(self) -> None:

@@ -71,7 +71,7 @@ class VisionTower(nn.Module):
     @torch.no_grad()
     def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 [I * P, D] -> (patch features [I, P, W], CLS features [I, W]) of CLIP's hidden_states[-2]."""
-        dtype = self.pre_layrnorm.weight.dtype
+        dtype = next(self.parameters()).dtype  # ZeRO-3 would gather a weight that is named here
         pixels = to_pixels(patches, side=self.side, mean=self._mean, std=self._std)
         hidden = self.pre_layrnorm(self.embeddings(pixels.to(dtype)))
         hidden = self.encoder(inputs_embeds=hidden).last_hidden_state
