@@ -48,12 +48,14 @@ def place(environment: Mapping[str, str] | None = None) -> Place:
             if int(env.get(size) or 1) > 1:
                 raise UsageError(
                     f"{launcher} started {env[size]} processes but RANK, WORLD_SIZE and LOCAL_RANK are not set, so each would "
-                    "train alone on the same output; export them, or start through `deepspeed` or `torchrun`"
+                    "train alone on the same output; export them (`megaprior doctor`, started in the same way, says how), or "
+                    "start through `deepspeed` or `torchrun`"
                 )
         return Place()
     if missing:
         raise UsageError(
-            f"{', '.join(missing)} not set while {' and '.join(set(names) - set(missing))} is; set all or none"
+            f"{', '.join(missing)} not set while {' and '.join(n for n in names if n not in missing)} is; set all or none. "
+            "`megaprior doctor`, started in the same way, says how"
         )
     try:
         here = Place(*(int(env[name]) for name in names))
@@ -108,7 +110,8 @@ class Announcement:
                 if mine != first:
                     raise MegapriorError(
                         f"step {step}: rank {rank} differs from rank 0 in {name} (digest {int(mine):013x} against "
-                        f"{int(first):013x}); nothing was updated. Do all machines see the same files, versions and options?"
+                        f"{int(first):013x}); nothing was updated. Do all machines see the same files, versions and options? "
+                        "`megaprior doctor`, started in the same way, compares them"
                     )
 
 
@@ -210,15 +213,44 @@ def connect(here: Place, *, backend: str, timeout_s: float) -> Peers:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(dist.rendezvous("env://", here.rank, here.world, timeout=limit))
+        store = _rendezvous(here, limit)
         dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=limit)
         return Peers(here, group=dist.new_group(backend="gloo", timeout=limit), store=store)
     except (RuntimeError, ValueError) as error:  # DistError derives from RuntimeError
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"rank {here.rank} of {here.world} cannot meet the others at {where} ({reason}); is another job still using that "
-            "port (choose another --master_port), and can every machine reach that address?"
+            f"rank {here.rank} of {here.world} cannot meet the others at {where} ({reason}); `megaprior doctor`, started in the "
+            "same way, looks: is another job still using that port (choose another --master_port), and can every machine reach "
+            "that address?"
         ) from error
+
+
+def _rendezvous(here: Place, limit: timedelta) -> Any:
+    """The store through which the ranks meet.
+
+    In a thread: where something else listens on the port, torch waits for its answer for ever, whatever `timeout` says.
+
+    Raises:
+        RuntimeError: it was not formed in time, or torch's own reason.
+    """
+    import torch.distributed as dist
+
+    found: list[Any] = []
+
+    def meet() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", here.rank, here.world, timeout=limit))[0])
+        except Exception as error:
+            found.append(error)
+
+    meeting = threading.Thread(target=meet, name="megaprior-rendezvous", daemon=True)
+    meeting.start()
+    meeting.join(limit.total_seconds() + 5.0)
+    if not found:
+        raise RuntimeError(f"what listens there has not answered within {limit.total_seconds():.0f} s")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 class Watchdog:

@@ -189,6 +189,41 @@ def test_a_rank_that_never_comes_is_no_hang(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the launcher's environment
 
 
+def refused(tmp_path: Path, environment: dict[str, str]) -> str:
+    """The one line of a training that cannot start under this environment."""
+    config = tmp_path / "run.yaml"
+    config.write_text("stage: textlm\nengine: zero3\nout: run\nsteps: 3\ntimeout_s: 2\ndata: {train: [{path: none}]}\n")
+    env = {k: v for k, v in {**os.environ, **ALONE, **environment}.items() if v is not None}
+    command = [sys.executable, "-m", "megaprior.cli", "train", str(config)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    said = [line for line in done.stderr.splitlines() if line.startswith("megaprior: error: ")]
+    assert (done.returncode, len(said)) == (2, 1), done.stderr
+    return said[0]
+
+
+def test_training_under_a_wrong_environment_says_so_in_one_line_and_sends_to_the_doctor(
+    tmp_path: Path, listener: str
+) -> None:
+    for environment, words in (
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK not set while WORLD_SIZE and LOCAL_RANK"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "srun started 4 processes"),
+        ({**TWO, "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": listener}, "address already in use"),
+    ):
+        said = refused(tmp_path, environment)
+        assert words in said
+        assert "`megaprior doctor`, started in the same way" in said
+
+
+@pytest.mark.slow
+def test_a_stale_port_is_no_hang(tmp_path: Path, listener: str) -> None:
+    """Something else listens there and never answers: torch alone would wait for ever."""
+    said = refused(tmp_path, {**TWO, "MASTER_PORT": listener})
+    assert (
+        f"rank 1 of 2 cannot meet the others at 127.0.0.1:{listener} (what listens there has not answered within 2 s)"
+        in said
+    )
+
+
 @pytest.mark.parametrize(
     ("environment", "level", "words"),
     [
