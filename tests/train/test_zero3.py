@@ -1,4 +1,4 @@
-"""Whole runs on real ZeRO-3 ranks on CPU: resumes, signals, kills; and what of DeepSpeed's options is refused. See test_equality.py."""
+"""Whole runs on real ZeRO-3 ranks on CPU: resumes, signals, kills; which DeepSpeed options are refused. See test_equality.py."""
 
 from __future__ import annotations
 
@@ -150,6 +150,23 @@ def test_partitioned_parts_need_stage_3(world: Path, tmp_path: Path) -> None:
     values = hlvlm_settings(world, tmp_path, tmp_path / "run", model={"frozen": "partitioned"})
     with pytest.raises(UsageError, match=r"frozen=partitioned.*stage is 2.*replicated"):
         train(config({**values, "engine": "zero3", "zero": {"zero_optimization": {"stage": 2}}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"engine": "zero3"}, "under ZeRO-3.*stage 1 or 2"),
+        ({"activation_checkpointing": "selective"}, "use full or none"),
+        ({"stage": "clip", "weighting": {"kind": "ntp"}}, "has none"),
+    ],
+)
+def test_compiling_is_refused_where_it_cannot_work(
+    world: Path, tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    values = settings(world, tmp_path / "run", compile=True, **changes)
+    values["data"]["text"] = []
+    with pytest.raises(UsageError, match=f"compile=true.*{why}"):
+        train(config(values))
 
 
 def test_deepspeeds_own_complaint_is_one_line() -> None:
