@@ -14,6 +14,7 @@ from megaprior.data.vision import VisionSpec
 from megaprior.errors import DataError
 from megaprior.models.clip import Clip, build_clip
 from megaprior.models.clip_config import ClipConfig
+from megaprior.models.compiling import compile_layers
 from megaprior.models.hlvlm import HLVLM
 from megaprior.models.hlvlm_folder import build_hlvlm
 from megaprior.models.lm import TextLM, build_text_lm
@@ -95,6 +96,11 @@ def build_model(cfg: RunConfig, tokenizer: Tokenizer) -> Model:
         model = build_text_lm(cfg.model, **ids, seed=cfg.seed)
     if cfg.activation_checkpointing != "none":
         model.checkpoint_activations(cfg.activation_checkpointing)
+    if cfg.compile:
+        assert not isinstance(model, Clip)
+        compile_layers(
+            model.lm if isinstance(model, HLVLM) else model, recomputed=cfg.activation_checkpointing == "full"
+        )
     return model
 
 

@@ -35,7 +35,7 @@ _FREE = {
 }
 LVLMS = ("ulvlm", "hlvlm")  # stages that train on weighted captions
 _LENGTH = {"steps", "optim.decay_steps"}
-_LATER = {"model.trains": "projector"}  # what runs did whose record is older than the option
+_LATER = {"model.trains": "projector", "compile": False}  # what runs did whose record is older than the option
 
 
 @configclass
@@ -52,6 +52,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # what of a layer is computed twice
+    compile: bool = False  # every decoder layer through torch.compile
     engine: Literal["local", "zero3"] = "local"
     zero: dict[str, Any] | Path = field(default_factory=dict)  # DeepSpeed options beside the loop's own, or a JSON file
     save_every: int = 500
@@ -106,9 +107,28 @@ def check_run(cfg: RunConfig, *, world: int) -> None:
                 f"model.frozen=partitioned but zero.zero_optimization.stage is {stage}, which partitions no parameters: use "
                 "stage 3, or model.frozen=replicated"
             )
+    if cfg.compile:
+        _check_compile(cfg)
     if cfg.engine == "local" and cfg.model.frozen == "partitioned":
         raise UsageError(
             "model.frozen=partitioned spreads over the ranks of engine=zero3; one process holds all: use replicated"
+        )
+
+
+def _check_compile(cfg: RunConfig) -> None:
+    """Refuse to compile where torch cannot, or would without a word compile nothing."""
+    if cfg.stage == "clip":
+        raise UsageError("compile=true is for the decoder layers of a language model, stage=clip has none: remove it")
+    if cfg.activation_checkpointing == "selective":
+        raise UsageError(
+            "compile=true with activation_checkpointing=selective: the products that it keeps cannot be told inside a compiled "
+            "layer; use full or none"
+        )
+    outside = cfg.stage == "hlvlm" and cfg.model.frozen == "replicated" and cfg.model.trains == "projector"
+    if cfg.engine == "zero3" and zero_stage(resolve_extras(cfg.zero)) == 3 and not outside:
+        raise UsageError(
+            "compile=true under ZeRO-3: torch would trace into the hooks that gather each layer's weights, and again for every "
+            "layer; use zero.zero_optimization.stage 1 or 2, or compile=false"
         )
 
 

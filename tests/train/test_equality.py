@@ -79,7 +79,7 @@ _ORACLES: dict[str, Outcome] = {}
 
 def oracle(case: Case) -> Outcome:
     """What the plain engine makes of a case: the same for every stage, number of ranks and placement of what is frozen."""
-    values = {**case.values, "activation_checkpointing": "none"}
+    values = {**case.values, "activation_checkpointing": "none", "compile": False}
     if "frozen" in values["model"]:
         values["model"] = {**values["model"], "frozen": "replicated"}
     key = json.dumps([values, case.start, case.stop, case.discard], sort_keys=True, default=str)
@@ -137,6 +137,8 @@ CASES: list[tuple[str, int, str, Build, dict[str, Any]]] = [
     ("ulvlm_parameters_in_host", 2, "zero3_parameters_in_host", ulvlm, {}),
     ("hlvlm_replicated", 2, "zero3", hlvlm, {}),
     ("hlvlm_zero2", 2, "zero2", hlvlm, {}),
+    ("ulvlm_compiled", 2, "zero2", lambda p: ulvlm(p, compile=True, activation_checkpointing="full"), {}),
+    ("hlvlm_compiled", 2, "zero3", lambda p: hlvlm(p, compile=True), {}),
     ("reference_alone", 1, "zero3", reference, {}),
     ("ulvlm_alone", 1, "zero3", ulvlm, {}),
     ("ulvlm_zero1_alone", 1, "zero1", ulvlm, {}),

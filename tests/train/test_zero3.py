@@ -1,4 +1,4 @@
-"""Whole runs on real ZeRO-3 ranks on CPU: resumes, signals, kills; which DeepSpeed options are refused. See test_equality.py."""
+"""Whole runs on real ZeRO-3 ranks on CPU: resumes, signals, kills; and what is refused. See also test_equality.py."""
 
 from __future__ import annotations
 
