@@ -63,7 +63,7 @@ def listener() -> Iterator[str]:
 def test_a_sound_machine_is_not_red(tmp_path: Path) -> None:
     start = time.perf_counter()
     code, report = doctor("--shared", tmp_path, environment={"TORCH_EXTENSIONS_DIR": str(tmp_path / "ext")})
-    assert time.perf_counter() - start < 60  # a guard against hangs; docs/operations.md has the measured time
+    assert time.perf_counter() - start < 60  # a guard against hangs; docs/notebook.md has the measured time
     assert code == 0, report
     assert report["verdict"] in ("green", "yellow")
     assert {"launcher", "torch", "deepspeed", "GPUs", "loss kernel", "gloo", "names", "port"} <= set(levels(report))
