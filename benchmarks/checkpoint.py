@@ -44,13 +44,14 @@ def measure(shards: Path, out: Path, *, world: int, background: bool, saves: int
         timeout_s=600.0,
     )
     values["data"] |= {"batch_size": 4, "max_tokens": 192}
-    began = time.perf_counter()
+    load, began = os.getloadavg()[0], time.perf_counter()  # of whatever else runs on this machine
     codes = finish(start(values, world=world), patience_s=1200.0)
     assert codes == [0] * world, said(out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found = {
         "world": world,
         "background": background,
+        "load": load,
         "seconds": time.perf_counter() - began,
         "saves": [line for line in lines if line["kind"] == "save"],
         "steps": [{"step": line["step"], "step_s": line["step_s"]} for line in lines if line["kind"] == "train"],
@@ -91,7 +92,8 @@ def report(runs: list[dict[str, Any]], machine: dict[str, Any]) -> str:
         f"{machine['python']}, torch {machine['torch']}, deepspeed {machine['deepspeed']}.",
         "",
         f"A text LM of about 100M parameters in fp32 with AdamW under ZeRO-3: {size / 1e9:.2f} GB a checkpoint. Seconds, median "
-        "(smallest to largest); raw samples in checkpoint_cpu.json.",
+        "(smallest to largest); raw samples in checkpoint_cpu.json. Load average of the machine when a run began: "
+        f"{_spread([run['load'] for run in runs])}.",
         "",
         "| ranks | save | saves | stall | write | a step while one is written | another step |",
         "|--:|---|--:|--:|--:|--:|--:|",

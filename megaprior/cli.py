@@ -92,6 +92,13 @@ def _add_train(verb: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("config", type=Path, help="YAML file; `extends: other.yaml` inherits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, for example steps=500")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    parser.add_argument(
+        "--profile",
+        action="append",
+        default=[],
+        metavar="steps=A:B",
+        help="profile the steps A to B into RUN/profile (a trace, tables, on a GPU a memory snapshot); ranks=all: every rank",
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -99,9 +106,11 @@ def _train(options: argparse.Namespace) -> int:
 
     with StopSignals() as signals:  # from here on, so that none is lost during the seconds of importing
         from megaprior.config import load_config
+        from megaprior.train.profiling import profile_overrides
         from megaprior.train.run import RunConfig, train
 
-        config = load_config(RunConfig, options.config, options.overrides)
+        overrides = [*options.overrides, *profile_overrides(options.profile)]
+        config = load_config(RunConfig, options.config, overrides)
         return train(config, dry_run=options.dry_run, signals=signals)
 
 

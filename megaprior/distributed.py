@@ -6,10 +6,8 @@ costs no device synchronisation, and with one process it is no group at all.
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +20,7 @@ from megaprior.files import digest_bytes
 
 T = TypeVar("T")
 
+_ALARM = "alarm"
 _DIGEST_HEX = 13  # 52 bits: an integer of that size is exact in the float64 that travels
 
 
@@ -182,14 +181,37 @@ class Peers:
         self.settle(error)
         return self.share(value)
 
-    def silent_ranks(self, *, wait_s: float = 3.0) -> list[int]:
-        """After contact was lost: the ranks that do not report within `wait_s`; rank 0 when its store is gone."""
+    def alarmed(self) -> bool:
+        """Whether a rank has called the roll: something is wrong and the job ends. Waits while rank 0 is frozen."""
         try:
-            self.store.set(f"lost/{self.place.rank}", "1")
-            time.sleep(wait_s)
-            return [rank for rank in range(self.place.world) if not self.store.check([f"lost/{rank}"])]
-        except Exception:  # the store lives in rank 0's process or its launcher; whatever is raised, it does not answer
-            return [0]
+            return self.store.check([_ALARM])
+        except Exception:  # rank 0 has gone, in good order or not: what comes of it shows elsewhere
+            return False
+
+    def roll_call(self, report: str, *, wait_s: float = 5.0) -> dict[int, str] | None:
+        """After contact was lost: what each rank reports that does so within `wait_s`; `alarmed` tells the others to.
+
+        None where the store does not answer, which lives in rank 0's process, or its launcher's.
+        """
+        found, lost = {self.place.rank: report}, []
+        until = time.monotonic() + wait_s
+
+        def ask() -> None:
+            try:
+                self.store.set(_report_of(self.place.rank), report)
+                self.store.set(_ALARM, "1")
+                while len(found) < self.place.world and time.monotonic() < until:
+                    for rank in range(self.place.world):
+                        if rank not in found and self.store.check([_report_of(rank)]):
+                            found[rank] = self.store.get(_report_of(rank)).decode()
+                    time.sleep(0.1)
+            except Exception as error:  # whatever is raised
+                lost.append(error)
+
+        asking = threading.Thread(target=ask, name="megaprior-roll-call", daemon=True)  # a frozen store never returns
+        asking.start()
+        asking.join(wait_s + 1.0)
+        return None if lost or asking.is_alive() else dict(found)
 
     def close(self) -> None:
         """Leave the process groups, so that a later run in this process can form its own."""
@@ -253,67 +275,5 @@ def _rendezvous(here: Place, limit: timedelta) -> Any:
     return found[0]
 
 
-class Watchdog:
-    """Ends this process when it makes no progress for `timeout_s`, naming the ranks that do not answer; names them too when
-    a collective fails inside the block.
-
-    A frozen peer otherwise stops the whole job without a word. Code that holds the interpreter's lock is ended by
-    faulthandler, half a minute later and with a traceback.
-    """
-
-    _GRACE_S = 30.0
-
-    def __init__(self, peers: Peers, *, timeout_s: float) -> None:
-        self._peers, self._timeout_s = peers, timeout_s
-        self._last, self._doing = time.monotonic(), "start"
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="megaprior-watchdog", daemon=True)
-
-    def __enter__(self) -> Watchdog:
-        if self._peers.place.world > 1:
-            self.beat("start")
-            self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._closed.set()
-        if self._peers.place.world == 1:
-            return
-        faulthandler.cancel_dump_traceback_later()
-        self._thread.join()  # it must not drop the last reference to a process group while the interpreter ends
-        if isinstance(error, RuntimeError) and _is_lost_contact(error):
-            raise MegapriorError(
-                f"rank {self._peers.place.rank} lost contact with the others during {self._doing}: {self._blame()}. Repeat the "
-                "command to go on from the newest checkpoint"
-            ) from error
-
-    def beat(self, doing: str) -> None:
-        """Progress was made; `doing` is what comes next."""
-        self._last, self._doing = time.monotonic(), doing
-        if self._peers.place.world > 1:
-            faulthandler.dump_traceback_later(self._timeout_s + self._GRACE_S, exit=True)
-
-    def _watch(self) -> None:
-        while not self._closed.wait(min(5.0, self._timeout_s / 4)):
-            if time.monotonic() - self._last > self._timeout_s:
-                self._end()
-
-    def _end(self) -> None:
-        print(
-            f"megaprior: error: rank {self._peers.place.rank} made no progress for {self._timeout_s:.0f} s during "
-            f"{self._doing}: {self._blame()}; the job ends. Repeat the command to go on from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    def _blame(self) -> str:
-        silent = self._peers.silent_ranks()
-        return f"rank {', '.join(map(str, silent))} does not answer" if silent else "all ranks still answer"
-
-
-def _is_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because of another process: gloo raises a bare RuntimeError that names itself."""
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+def _report_of(rank: int) -> str:
+    return f"report/{rank}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -72,8 +74,10 @@ def test_alone_everything_agrees() -> None:
 
 SCRIPT = """
 import os, sys, time
-from megaprior.distributed import Watchdog, connect, place
+from pathlib import Path
+from megaprior.distributed import connect, place
 from megaprior.errors import MegapriorError
+from megaprior.train.watchdog import Watchdog
 
 here = place()
 peers = connect(here, backend="gloo", timeout_s=30)
@@ -107,37 +111,52 @@ except MegapriorError as error:
     assert here.rank == 1
     assert "ZeroDivisionError" in str(error)
 
-if here.rank == 1:
-    if sys.argv[1] == "dies":
-        os._exit(9)
-    time.sleep(60)
-with Watchdog(peers, timeout_s=2.0) as watchdog:
+assert not peers.alarmed()
+with Watchdog(peers, timeout_s=3.0) as watchdog:
+    watchdog.stacks = Path(sys.argv[0]).parent / "stacks"
     watchdog.beat("step 12")
+    if here.rank == int(sys.argv[2]):
+        if sys.argv[1] == "dies":
+            os._exit(9)
+        Path(sys.argv[0]).with_name("here").touch()
+        def stuck():
+            time.sleep(60)
+        stuck()
     peers.gather([1.0])
 """
 
 
-def run_two(tmp_path: Path, how: str) -> list[tuple[int | None, str]]:
-    """(exit code, standard error) of two ranks of SCRIPT; one that is still there when the other has ended is killed."""
+def run_two(tmp_path: Path, how: str, who: int = 1) -> list[tuple[int | None, str]]:
+    """(exit code, standard error) of two ranks of SCRIPT, of which `who` dies, sleeps or is stopped (and killed at the end)."""
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), how],
-            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+            [sys.executable, str(script), how, str(who)],
+            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
         for r in range(2)
     ]
-    _, first = ranks[0].communicate(timeout=90)
-    ranks[1].kill()
-    _, second = ranks[1].communicate(timeout=30)
-    return [(ranks[0].returncode, first), (ranks[1].returncode, second)]
+    if how == "stops":
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "here").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks[who].send_signal(signal.SIGSTOP)
+    said = {1 - who: ranks[1 - who].communicate(timeout=90)[1]}
+    if how == "stops":
+        ranks[who].kill()
+    said[who] = ranks[who].communicate(timeout=30)[1]
+    return [(ranks[r].returncode, said[r]) for r in range(2)]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def test_two_ranks_agree_differ_and_notice_a_death(tmp_path: Path) -> None:
@@ -148,7 +167,50 @@ def test_two_ranks_agree_differ_and_notice_a_death(tmp_path: Path) -> None:
     assert "rank 0 lost contact with the others during step 12: rank 1 does not answer" in said
 
 
-def test_a_silent_rank_ends_the_job_within_the_timeout(tmp_path: Path) -> None:
-    (code, said), _ = run_two(tmp_path, "sleeps")
+def test_a_sleeping_rank_is_named_with_the_line_where_it_hangs(tmp_path: Path) -> None:
+    ranks = run_two(tmp_path, "sleeps")
+    for code, said in ranks:
+        assert code == 1, said
+        assert "rank 1 hangs in step 12 at ranks.py:" in said
+        assert f"stuck, the others wait for it; the job ends, stacks are in {tmp_path}/stacks" in said
+    assert any(f"rank {r} made no progress for 3 s during step 12" in ranks[r][1] for r in range(2))
+    waiting, hanging = ((tmp_path / "stacks" / f"rank{r}.txt").read_text() for r in range(2))
+    assert "in stuck" in hanging
+    assert "in stuck" not in waiting
+    assert "in gather" in waiting
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_frozen_rank_ends_the_job_within_the_timeout(tmp_path: Path, who: int) -> None:
+    """Rank 0 has the store through which ranks speak in an emergency: frozen, it must not freeze that too."""
+    ranks = run_two(tmp_path, "stops", who)
+    assert ranks[who][0] == -signal.SIGKILL  # by the test, at last
+    code, said = ranks[1 - who]
     assert code == 1, said
-    assert "rank 0 made no progress for 2 s during step 12: rank 1 does not answer" in said
+    assert f"rank {1 - who} made no progress for 3 s during step 12: rank {who} does not answer" in said
+
+
+def test_a_port_that_another_job_uses_is_one_line(tmp_path: Path) -> None:
+    with socket.socket() as job:
+        job.bind(("127.0.0.1", 0))
+        job.listen()
+        port = str(job.getsockname()[1])
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        script = (
+            "import sys\nfrom megaprior.distributed import connect, place\nfrom megaprior.errors import UsageError\n"
+            "try:\n    connect(place(), backend='gloo', timeout_s=3)\n"
+            "except UsageError as error:\n    sys.exit(str(error))\n"
+        )
+        for rank in ("0", "1"):
+            done = subprocess.run(
+                [sys.executable, "-c", script],
+                env={**env, "RANK": rank},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == 1, done.stderr
+            last = done.stderr.strip().splitlines()[-1]
+            assert last.startswith(f"rank {rank} of 2 cannot meet the others at 127.0.0.1:{port} (")
+            assert last.endswith("(choose another --master_port), and can every machine reach that address?")

@@ -80,6 +80,8 @@ class StepBatch:
     micro: tuple[Batch, ...]  # as many on every rank; dummies have no loss tokens
     denominator: int  # D of the global batch, at least 1
     sample_ids: np.ndarray  # int64 [n], the global batch in order; an epoch that ends inside it repeats ids
+    segment_tokens: np.ndarray  # int64 [n], what each of them takes in a row, whichever rank has it
+    pairs: int  # of the n, those that are shown with an image
     source_tokens: tuple[int, ...]  # D by source
     config_digest: str
     dropped: tuple[Dropped, ...]  # of this rank
@@ -201,12 +203,15 @@ class Loader:
             )
             for row in rows + [[]] * (micro_steps - len(rows))
         )
-        share = np.bincount(self.corpus.source_of(ids), weights=lengths.loss, minlength=len(self.sources))
+        source = self.corpus.source_of(ids)
+        share = np.bincount(source, weights=lengths.loss, minlength=len(self.sources))
         return StepBatch(
             step=step,
             micro=micro,
             denominator=denominator,
             sample_ids=ids,
+            segment_tokens=lengths.segment,
+            pairs=sum(map(self.corpus.has_image, source.tolist())),
             source_tokens=tuple(int(tokens) for tokens in share),
             config_digest=self._config_digest,
             dropped=tuple(item for item in found if isinstance(item, Dropped)),
@@ -226,7 +231,7 @@ class Loader:
             self._running.close()
         # A thread starts on device 0, whatever this process was given.
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        steps = (self.batch(step) for step in count(self.start_step))
+        steps = map(self.batch, count(self.start_step))
         prepared = steps if device is None else (_pinned(batch, device) for batch in steps)
         self._running = Prefetch(prepared, depth=self.cfg.prefetch)
         return self._timed(self._running)
@@ -263,10 +268,8 @@ class Loader:
             return sum(per[i] * entries[i].weight for i in per) / sum(entries[i].weight for i in per)
 
         per_step = self.cfg.mix_ratio * self.cfg.batch_size * mean(range(pairs)) / mean(range(pairs, len(entries)))
-        unit = self.cfg.mix_unit.replace("_", " ")
-        say(
-            f"language mix: {per_step:.2f} text samples beside each {self.cfg.batch_size} ({self.cfg.mix_ratio:g}x their {unit})"
-        )
+        ratio = f"{self.cfg.mix_ratio:g}x their {self.cfg.mix_unit.replace('_', ' ')}"
+        say(f"language mix: {per_step:.2f} text samples beside each {self.cfg.batch_size} ({ratio})")
         sizes = [len(shards) for shards in self.corpus.sets[pairs:]]
         return per_step, Schedule(sizes, [e.weight for e in self.cfg.text], seed, first_source=pairs)
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megaprior.data.manifest import tokenizer_entry
-from megaprior.distributed import digest
+from megaprior.distributed import Peers
+from megaprior.errors import UsageError
 from megaprior.files import atomic_write, digest_json
 from megaprior.kernels.choice import chosen
 from megaprior.train.settings import RunConfig, trajectory
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from megaprior.data.loader import Loader
     from megaprior.tokenizer import Tokenizer
     from megaprior.train.checkpoint import Checkpoint
+    from megaprior.train.guards import Guard
 
 
 def versions() -> dict[str, str]:
@@ -39,16 +41,30 @@ def versions() -> dict[str, str]:
     }
 
 
-def versions_digest() -> float:
-    """For the ranks to compare."""
-    return digest(digest_json(versions()))
+def refuse_other_versions(peers: Peers) -> None:
+    """Compare what computes on all ranks. Collective.
+
+    Raises:
+        UsageError: on every rank; names the first rank that differs from rank 0, what differs, and both versions.
+    """
+    found = peers.gather_objects(versions())
+    for rank, theirs in enumerate(found):
+        for name, first in found[0].items():
+            if theirs.get(name) != first:
+                raise UsageError(
+                    f"rank {rank} has {name} {theirs.get(name)}, rank 0 has {first}: their sums would differ; give all machines "
+                    "the same environment"
+                )
 
 
 class Record:
     """The facts that every checkpoint carries and the summary tells, over all restarts of the run."""
 
-    def __init__(self, cfg: RunConfig, tokenizer: Tokenizer, loader: Loader, *, resumed: Checkpoint | None) -> None:
+    def __init__(
+        self, cfg: RunConfig, tokenizer: Tokenizer, loader: Loader, *, guard: Guard, resumed: Checkpoint | None
+    ) -> None:
         before = resumed.manifest if resumed is not None else {}
+        self._guard = guard
         self._cfg, self._began, self._wall_s = cfg, time.monotonic(), before.get("wall_s", 0.0)
         self._restarts = before.get("restarts", -1) + 1
         self._constant = {
@@ -64,7 +80,8 @@ class Record:
     def facts(self) -> dict[str, Any]:
         """For a checkpoint's manifest."""
         wall_s = round(self._wall_s + time.monotonic() - self._began, 3)
-        return {**self._constant, "restarts": self._restarts, "wall_s": wall_s, "peak_memory_mib": peak_memory_mib()}
+        now = {"restarts": self._restarts, "wall_s": wall_s, "peak_memory_mib": peak_memory_mib()}
+        return {**self._constant, **now, "guards": self._guard.state()}
 
 
 def write_summary(cfg: RunConfig, last: Checkpoint) -> None:
@@ -79,8 +96,9 @@ def write_summary(cfg: RunConfig, last: Checkpoint) -> None:
         **{
             name: value
             for name, value in manifest.items()
-            if name not in ("files", "digest", "format", "version", "step")
+            if name not in ("files", "digest", "format", "version", "step", "guards")
         },
+        "skipped_steps": manifest.get("guards", {}).get("skipped", 0),
         "steps": last.step,
         "precision": cfg.precision,
         "loss_tokens_per_s": sum(line["loss_tokens"] for line in train) / seconds if seconds else None,

@@ -2,7 +2,8 @@
 
 A batch is a function of (seed, step), so its samples, D and weights need no run. Its loss and gradient need the weights
 before that step: those of the checkpoint one step earlier where there is one, else the newest earlier state that one
-process can train on from (of the local engine, or step 0), trained again in memory up to there.
+process can train on from (of the local engine, or step 0), trained again in memory up to there. Steps that the run dropped
+are dropped again, as metrics.jsonl says.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from megaprior.config import load_config
 from megaprior.distributed import Peers, Place
-from megaprior.errors import UsageError
+from megaprior.errors import MegapriorError, UsageError
 from megaprior.telemetry import say
 from megaprior.train import assembly
 from megaprior.train.checkpoint import Checkpoint, complete_checkpoints
@@ -39,11 +40,14 @@ def replay(run: Path, step: int) -> int:
         UsageError: there is no such step, or no state from which one process can reach it (the possible steps are named).
     """
     found = replay_step(run, step)
+    fault = found.totals.fault
     print(f"step {step}: {len(found.sample_ids)} samples, ids {' '.join(map(str, found.sample_ids))}")
     print(
         f"D {found.denominator}, sum of g {found.totals.sum_g:.6f}, dropped {found.totals.dropped}, flat {found.totals.flat}"
     )
     print(f"loss {found.totals.loss:.9f}, gradient norm {found.totals.norm:.9f}")
+    if fault is not None:
+        print(f"the {fault.what} is not finite")
     logged = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train" and line["step"] == step]
     for line in logged:
         print(f"logged then: loss {line['loss']:.9f}, gradient norm {line['grad_norm']:.9f}")
@@ -51,7 +55,12 @@ def replay(run: Path, step: int) -> int:
 
 
 def replay_step(run: Path, step: int) -> Replayed:
-    """See `replay`."""
+    """See `replay`; a loss that is not finite is returned like any other.
+
+    Raises:
+        UsageError: as `replay`.
+        MegapriorError: a step on the way is not finite here, though the run has updated there.
+    """
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: not a run (no config.yaml)")
     recorded = load_config(RunConfig, run / "config.yaml")
@@ -71,11 +80,19 @@ def replay_step(run: Path, step: int) -> Replayed:
             engine.load_state(base.state, world=1)
         if start < step - 1:
             say(f"training steps {start + 1} to {step - 1} again, in memory")
+        dropped = {line["step"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "skip"}
         for number, batch in zip(range(start + 1, step + 1), loader, strict=False):
             groups = accumulate(engine, loader.corpus, batch, seed=cfg.seed)
             totals = total(Peers(Place()), engine, batch, groups, stop=False)
             if number == step:
                 return Replayed(step, batch.sample_ids.tolist(), batch.denominator, totals)
+            if number in dropped:
+                engine.discard()
+                continue
+            if totals.fault is not None:
+                raise MegapriorError(
+                    f"step {number}: the {totals.fault.what} is not finite here; step {step} is out of reach"
+                )
             lr = learning_rate(cfg.optim, number, steps=cfg.steps)
             engine.update(lr=lr, scale=clip_scale(totals.norm, cfg.optim.clip))
         raise AssertionError("the loader is endless")

@@ -12,29 +12,33 @@ from contextlib import ExitStack
 import torch
 
 from megaprior.config import dump_config
-from megaprior.distributed import Peers, Watchdog, connect, digest, place
+from megaprior.distributed import Peers, connect, digest, place
 from megaprior.models.clip import Clip
 from megaprior.telemetry import MetricsLog, say
 from megaprior.trackers import open_trackers
 from megaprior.train import assembly
 from megaprior.train.checkpoint import Checkpoint
 from megaprior.train.evaluation import HeldOut
+from megaprior.train.guards import Guard
+from megaprior.train.instruments import Instruments
 from megaprior.train.loop import run_loop
 from megaprior.train.pairs import contrast_notes
 from megaprior.train.plan import describe_plan
+from megaprior.train.preflight import preflight, wants_preflight
 from megaprior.train.record import (
     Record,
     has_summary,
+    refuse_other_versions,
     set_threads,
     truncate_metrics,
-    versions_digest,
     write_summary,
 )
 from megaprior.train.replay import replay
 from megaprior.train.resume import claim, restore
 from megaprior.train.saving import Saver
-from megaprior.train.settings import RunConfig, check_run, trajectory_digest
+from megaprior.train.settings import RunConfig, agreed_digest, check_run
 from megaprior.train.signals import StopSignals
+from megaprior.train.watchdog import Watchdog
 
 __all__ = ["RunConfig", "replay", "train"]
 
@@ -70,9 +74,10 @@ def train(cfg: RunConfig, *, dry_run: bool = False, signals: StopSignals | None 
         peers = connect(here, backend="nccl" if torch.cuda.is_available() else "gloo", timeout_s=cfg.timeout_s)
         stack.callback(peers.close)
         watchdog = stack.enter_context(Watchdog(peers, timeout_s=cfg.timeout_s))
-        begun = {"its configuration": digest(trajectory_digest(cfg)), "its versions": versions_digest()}
-        peers.announce(begun).check(0)
+        refuse_other_versions(peers)
+        peers.announce({"its configuration": digest(agreed_digest(cfg))}).check(0)
         resumed = claim(cfg, peers, stack)
+        watchdog.stacks = cfg.out / "stacks"
         if resumed is not None and resumed.step >= cfg.steps:
             say(f"{cfg.out}: all {cfg.steps} steps are done; nothing to do")
             if here.rank == 0 and not has_summary(cfg, resumed):
@@ -113,8 +118,15 @@ def _train(
         heldout = HeldOut(
             cfg.data, spec=spec, tokenizer=tokenizer, peers=peers, samples=samples, threshold=cfg.eval_threshold
         )
-    record = Record(cfg, tokenizer, loader, resumed=resumed)
+    if wants_preflight(cfg):
+        watchdog.beat("the preflight")
+        preflight(engine, loader, cfg=cfg, bos_id=tokenizer.bos_id, fresh=resumed is None)
+    guard = Guard(cfg.guards, resumed.manifest.get("guards") if resumed else None)
+    record = Record(cfg, tokenizer, loader, guard=guard, resumed=resumed)
     log = _metrics(cfg, start, stack) if here.rank == 0 else None
+    instruments = Instruments.of(cfg, engine, guard=guard, log=log)
+    stack.callback(instruments.profiler.close)
+    evaluate = (lambda: heldout.measure(engine)) if heldout is not None else dict
     saver = stack.enter_context(
         Saver(
             cfg.out,
@@ -134,13 +146,13 @@ def _train(
         cfg,
         loader,
         engine,
-        configuration=trajectory_digest(cfg),
+        configuration=agreed_digest(cfg),
         peers=peers,
         watchdog=watchdog,
         signals=signals,
-        log=log,
-        evaluate=lambda: heldout.measure(engine) if heldout else {},
-        save=saver.save,
+        instruments=instruments,
+        evaluate=evaluate,
+        saver=saver,
     )
     saver.finish()
     if here.rank == 0:

@@ -13,7 +13,9 @@ from megaprior.errors import UsageError
 from megaprior.files import digest_json
 from megaprior.models.lm import ModelConfig
 from megaprior.trackers import TrackerConfig
+from megaprior.train.guards import GuardConfig
 from megaprior.train.optim import OptimConfig, check_optim, learning_rate
+from megaprior.train.profiling import ProfileConfig
 from megaprior.train.zero3_config import resolve_extras, zero_stage
 
 # These leave every loss and weight as it is, so a resumed run may have others. Data are compared by what they hold and not
@@ -32,6 +34,10 @@ _FREE = {
     "timeout_s",
     "zero",
     "tracker",
+    "guards",  # they decide about steps to come: who resumes after a stop may turn them on
+    "preflight",
+    "profile",
+    "peak_tflops",
 }
 LVLMS = ("ulvlm", "hlvlm")  # stages that train on weighted captions
 _LENGTH = {"steps", "optim.decay_steps"}
@@ -64,6 +70,10 @@ class RunConfig:
     eval_threshold: float = 0.5  # on w = 1 - p_r
     log_every: int = 1
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    preflight: bool | None = None  # the longest rows before step 1; None: on a GPU and under zero3
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    peak_tflops: float | None = None  # of the device, for the MFU; None: by the GPU's name
     timeout_s: float = 1800.0  # a rank that makes no progress for so long ends the job
 
 
@@ -137,9 +147,9 @@ def trajectory(cfg: RunConfig) -> dict[str, Any]:
     return _flat({key: value for key, value in dump_config(cfg).items() if key not in _FREE})
 
 
-def trajectory_digest(cfg: RunConfig) -> str:
-    """What all ranks and all restarts of a run must agree on."""
-    return digest_json(trajectory(cfg))
+def agreed_digest(cfg: RunConfig) -> str:
+    """What all ranks of a run must agree on, or they would wait for each other: all but where their data lie."""
+    return digest_json({key: value for key, value in dump_config(cfg).items() if key != "data"})
 
 
 def refuse_other_run(cfg: RunConfig, recorded: dict[str, Any], *, done: int, where: Path) -> None:

@@ -13,13 +13,23 @@ import numpy as np
 import torch
 
 from megaprior.distributed import Announcement, Peers, digest
-from megaprior.errors import MegapriorError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from megaprior.data.corpus import Corpus
     from megaprior.data.loader import StepBatch
     from megaprior.data.samples import Batch
     from megaprior.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A number of the step that is not finite."""
+
+    what: str  # "loss" or "gradient"
+    value: float
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,10 @@ class Totals:
     dropped: int  # samples whose image could not be decoded: in D, without a gradient
     flat: int  # captions that the reference knows by heart
     fill: float  # real tokens / row tokens, mean over ranks
+    patches: int  # image patches that were seen
     stop: bool
+    fault: Fault | None = None
+    own: tuple[tuple[float, ...], ...] = ()  # by rank, what `total` was given
 
     def metrics(self, batch: StepBatch) -> dict[str, float]:
         """For metrics.jsonl; with several sources also each one's NTP loss and share of D."""
@@ -86,27 +99,29 @@ def accumulate(
     return groups
 
 
-def total(peers: Peers, engine: Engine, batch: StepBatch, groups: list[torch.Tensor], *, stop: bool) -> Totals:
-    """Add up the step over all ranks: the one wait for the device, and the decision that all ranks share.
+def total(
+    peers: Peers,
+    engine: Engine,
+    batch: StepBatch,
+    groups: list[torch.Tensor],
+    *,
+    stop: bool,
+    own: Callable[[], list[float]] = list,
+) -> Totals:
+    """Add up the step over all ranks: the one wait for the device, and the numbers that all ranks decide by.
 
-    Raises:
-        MegapriorError: a loss or gradient is not finite on some rank. All ranks raise it before anything is updated.
+    `own` is called after that wait; the numbers it gives (as many on every rank) travel along.
     """
     sources = len(batch.source_tokens)
     tokens = torch.bincount(torch.cat(groups), minlength=sources).tolist()
     square, loss, *nll = engine.sums()
-    others = [batch.sum_g, len(batch.dropped), batch.num_flat, batch.fill, stop]
-    table = peers.gather([square, loss, *nll, *tokens, *map(float, others)])
-    for name, column in (("loss", 1), ("gradient", 0)):
-        ranks = [rank for rank, row in enumerate(table) if not math.isfinite(row[column])]
-        if ranks:
-            raise MegapriorError(
-                f"step {batch.step + 1}: the {name} is {table[ranks[0]][column]} on rank {', '.join(map(str, ranks))}; nothing "
-                f"was updated (`megaprior replay RUN --step {batch.step + 1}` repeats the step). Its sample ids: "
-                + " ".join(map(str, batch.sample_ids.tolist()))
-            )
+    patches = sum(len(row.patches) for row in batch.micro)
+    others = [batch.sum_g, len(batch.dropped), batch.num_flat, batch.fill, patches, stop]
+    shared = [square, loss, *nll, *tokens, *map(float, others)]
+    gathered = peers.gather([*shared, *own()])
+    table = [row[: len(shared)] for row in gathered]
     square, loss, *rest = (sum(column) for column in zip(*table, strict=True))
-    sum_g, dropped, flat, fill, stops = rest[2 * sources :]
+    sum_g, dropped, flat, fill, patches, stops = rest[2 * sources :]
     return Totals(
         loss=loss,
         norm=math.sqrt(square),
@@ -116,5 +131,17 @@ def total(peers: Peers, engine: Engine, batch: StepBatch, groups: list[torch.Ten
         dropped=int(dropped),
         flat=int(flat),
         fill=fill / len(table),
+        patches=int(patches),
         stop=stops > 0,
+        fault=_fault(table),
+        own=tuple(tuple(row[len(shared) :]) for row in gathered),
     )
+
+
+def _fault(table: list[list[float]]) -> Fault | None:
+    """What is not finite: a loss, which names its rank, before a gradient, which ranks have exchanged already."""
+    for what, column in (("loss", 1), ("gradient", 0)):
+        ranks = tuple(rank for rank, row in enumerate(table) if not math.isfinite(row[column]))
+        if ranks:
+            return Fault(what, table[ranks[0]][column], ranks)
+    return None

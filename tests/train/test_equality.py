@@ -268,3 +268,17 @@ def test_bf16_under_stages_1_and_2_is_near_stage_3(
     ranks(2).run(under(zero, values, stop=3, save=state))
     again = ranks(2).run(under(zero, values, start=3, stop=6, load=(state, 2)))
     assert again.losses == straight.losses[3:]
+
+
+def test_a_second_partition_within_a_machine_changes_nothing(
+    places: dict[str, Any], spawn: Callable[..., Any], record_property: Callable[[str, Any], None]
+) -> None:
+    """hpZ with two of four ranks as a machine. DeepSpeed keeps its groups for the life of a process: these ranks are its own."""
+    case = under("zero3", ulvlm(places))
+    options = {"zero_optimization": {**ALL, "zero_hpz_partition_size": 2}}
+    pool = RankPool(4)
+    try:
+        found = pool.run(dataclasses.replace(case, values={**case.values, "zero": options}))
+    finally:
+        pool.close()
+    compare(found, case, report=record_property)

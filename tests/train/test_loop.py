@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from train_children import GOLDEN, GOLDEN_RUNS, config, measure_golden, settings
 
 from megaprior.data.loader import Loader
 from megaprior.errors import MegapriorError
+from megaprior.models.flops import shape_of, train_flops
 from megaprior.train import assembly, loop
 
 
@@ -34,7 +36,7 @@ def poisoned(world: Path, tmp_path: Path) -> Path:
     values = settings(world, tmp_path / "unused")
     cfg = config(values)
     tokenizer = assembly.open_tokenizer(cfg)
-    model = assembly.build_model(cfg, tokenizer)
+    model: Any = assembly.build_model(cfg, tokenizer)
     with torch.no_grad():
         model.model.embed_tokens.weight[207] = float("nan")  # a word of some captions only
     model.save_pretrained(tmp_path / "poisoned")
@@ -67,17 +69,17 @@ def test_an_infinite_gradient_stops_too(world: Path, tmp_path: Path) -> None:
 
 
 def test_every_step_is_logged_once_with_all_fields(world: Path, tmp_path: Path) -> None:
-    values = settings(
-        world, tmp_path / "run", steps=4, save_every=4, log_every=2, optim={"lr": 4e-3, "warmup_steps": 4}
-    )
+    optim = {"lr": 4e-3, "warmup_steps": 4}
+    values = settings(world, tmp_path / "run", steps=4, save_every=4, log_every=2, optim=optim, peak_tflops=0.5)
     train(config(values))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in lines] == [2, 4]
     assert [line["lr"] for line in lines] == pytest.approx([2e-3, 4e-3])
     cfg = config(values)
     tokenizer = assembly.open_tokenizer(cfg)
-    spec = assembly.vision_spec(assembly.build_model(cfg, tokenizer))
-    loader: Loader = assembly.open_loader(cfg, tokenizer, spec)
+    model: Any = assembly.build_model(cfg, tokenizer)
+    loader: Loader = assembly.open_loader(cfg, tokenizer, assembly.vision_spec(model))
     for line in lines:
         batch = loader.batch(line["step"] - 1)
         assert line["denominator"] == batch.denominator == line["loss_tokens"]
@@ -89,5 +91,21 @@ def test_every_step_is_logged_once_with_all_fields(world: Path, tmp_path: Path) 
         mixed = sum(line[f"source{s}_ntp_loss"] * batch.source_tokens[s] for s in (0, 1)) / batch.denominator
         assert line["ntp_loss"] == pytest.approx(mixed, rel=1e-9)
         assert 0 <= line["data_wait_s"] <= line["step_s"]
+        assert line["data_wait_share"] == pytest.approx(line["data_wait_s"] / line["step_s"])
         assert line["loss_tokens_per_s"] == pytest.approx(line["loss_tokens"] / line["step_s"])
+        real = sum(row.num_real_tokens for row in batch.micro)
+        assert line["tokens_per_s"] == pytest.approx(real / line["step_s"])
+        assert line["pairs_per_s"] == pytest.approx(8 / line["step_s"])
+        lengths = [n for row in batch.micro for n in row.cu_seqlens.diff().tolist()[: len(row.sample_ids)]]
+        assert sorted(lengths) == sorted(batch.segment_tokens.tolist())
+        flops = train_flops(
+            shape_of(model.config),
+            segments=lengths,
+            loss_tokens=batch.denominator,
+            images=0,
+            patches=sum(len(row.patches) for row in batch.micro),
+            trained="all",
+        )
+        assert line["tflops_per_rank"] == pytest.approx(flops.total / line["step_s"] / 1e12)
+        assert line["mfu"] == pytest.approx(line["tflops_per_rank"] / 0.5)
     loader.close()

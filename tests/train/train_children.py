@@ -8,14 +8,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
-import signal
 import socket
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 
 from megaprior.config import build_config
@@ -23,7 +22,6 @@ from megaprior.data.scores import ScoreWriter
 from megaprior.data.shard_writer import ShardWriter, write_build
 from megaprior.data.shards import Shard
 from megaprior.errors import MegapriorError
-from megaprior.objectives.base import Step
 from megaprior.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from megaprior.train.run import RunConfig, train
 
@@ -191,30 +189,17 @@ def measure_golden(world: Path, out: Path, name: str) -> dict[str, Any]:
 
 
 def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
-    """Train in this process and leave with the exit code; `fault` says what happens to it, for real.
+    """Train in this process and leave with the exit code; `fault` says what happens to it, for real: see faults.py.
 
-    {"rows": n}  SIGKILL when the n-th row's forward begins; with "poison": the row is NaN; {"heldout_rows": n} in evaluation;
-    {"files": n, "below": text}  SIGKILL at the n-th opening, renaming or removal of a file whose path holds `text`;
-    {"signal": name}  that one in place of SIGKILL; {"times": n} so often;
-    {"largest": n}  no file may grow beyond n bytes: what a full disk looks like to the writer;
-    {"gradients": path}  rank 0 writes the first step's gradients there;
     {"environment": {...}}  the launcher's variables; {"only_rank": r}  the fault is that rank's alone.
     """
     os.environ.update(fault.get("environment", {}))
     rank = int(os.environ.get("RANK", "0"))
     sys.stderr = open(f"{values['out']}.rank{rank}.err", "a", buffering=1)  # noqa: SIM115 (the process ends with it)
     if fault.get("only_rank", rank) == rank:
-        what = [getattr(signal, fault.get("signal", "SIGKILL"))] * fault.get("times", 1)
-        if "rows" in fault:
-            _at_row(fault["rows"], what, poison=fault.get("poison", False))
-        if "heldout_rows" in fault:
-            _at_row(fault["heldout_rows"], what, training=False)
-        if "largest" in fault:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["largest"], fault["largest"]))
-        if "files" in fault:
-            _at_file(fault["files"], fault["below"], what)
+        faults.cause(fault)
     if "gradients" in fault:
-        _keep_gradients(Path(fault["gradients"]), first=rank == 0)
+        faults.keep_gradients(Path(fault["gradients"]), first=rank == 0)
     try:
         code = train(config(values))
     except MegapriorError as error:
@@ -225,52 +210,6 @@ def child(values: dict[str, Any], fault: dict[str, Any]) -> None:
         code = 3
     sys.stderr.flush()
     os._exit(code)
-
-
-def _at_row(number: int, what: list[signal.Signals], *, poison: bool = False, training: bool = True) -> None:
-    original, seen = Step.forward, [0]
-
-    def counted(self: Any, batch: Any) -> Any:
-        seen[0] += self.training == training
-        hit = seen[0] == number and self.training == training
-        if hit and not poison:
-            for one in what:
-                os.kill(os.getpid(), one)
-        loss, nll = original(self, batch)
-        return (loss * float("nan"), nll) if hit and poison else (loss, nll)
-
-    Step.forward = counted  # type: ignore[method-assign]
-
-
-def _at_file(number: int, below: str, what: list[signal.Signals]) -> None:
-    seen = [0]
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and below in str(arguments[0]):
-            seen[0] += 1
-            if seen[0] == number:
-                for one in what:
-                    os.kill(os.getpid(), one)
-
-    sys.addaudithook(hook)
-
-
-def _keep_gradients(path: Path, *, first: bool) -> None:
-    import torch
-
-    from megaprior.train.engine import LocalEngine
-    from megaprior.train.zero3 import Zero3Engine
-
-    for kind in (LocalEngine, Zero3Engine):
-
-        def update(self: Any, *, lr: float, scale: float, original: Any = kind.update) -> None:
-            if not path.exists():
-                gradients = {name: tensor.clone() for name, tensor in self.gradients()}
-                if first:
-                    torch.save(gradients, path)
-            original(self, lr=lr, scale=scale)
-
-        kind.update = update  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":  # writes golden/*.json anew: only after a change that is meant to move losses
