@@ -2,7 +2,7 @@
 
 full       only each layer's input is kept; backward repeats the whole layer (a third more arithmetic)
 selective  the results of matrix products and of attention are kept too; backward repeats what lies between them: norms, rotary
-           embedding, activation function, products of elements, much of a layer's memory and hardly any of its arithmetic
+           embedding, activation function, products of elements, half of a layer's memory and hardly any of its arithmetic
 
 transformers checkpoints inside a layer's `forward`, so that hooks on the layer (ZeRO-3 gathers in them) run outside.
 """
