@@ -21,6 +21,7 @@ from megaprior.files import digest_bytes
 T = TypeVar("T")
 
 _ALARM = "alarm"
+_PATIENCE_S = 30.0  # a collective waits so much longer than the watchdog, which knows more to say
 _DIGEST_HEX = 13  # 52 bits: an integer of that size is exact in the float64 that travels
 
 
@@ -234,10 +235,11 @@ def connect(here: Place, *, backend: str, timeout_s: float) -> Peers:
 
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=timeout_s)
+    patience = limit + timedelta(seconds=_PATIENCE_S)
     try:
         store = _rendezvous(here, limit)
-        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=limit)
-        return Peers(here, group=dist.new_group(backend="gloo", timeout=limit), store=store)
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world, timeout=patience)
+        return Peers(here, group=dist.new_group(backend="gloo", timeout=patience), store=store)
     except (RuntimeError, ValueError) as error:  # DistError derives from RuntimeError
         reason = str(error).splitlines()[0]
         raise UsageError(

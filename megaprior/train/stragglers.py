@@ -2,7 +2,8 @@
 
     data     seconds that it waited for its batch
     host     processor time of its main thread from the first row to the last one's launch; blocked in a collective it sleeps
-    device   a small fixed product on its device, in seconds: the same arithmetic everywhere, so that a slow chip shows
+    device   a small fixed product on its device, in seconds: the same arithmetic everywhere, so that a slow chip shows; on a CPU
+             the fastest of several in processor time, which other processes on the machine disturb least
 
 They travel in the gather that a step has anyway. On a GPU the product is timed by events, which are read after the step's
 one wait for the device: nothing waits more than it did.
@@ -62,16 +63,19 @@ class OwnTime:
         if self._kind == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            self._multiply()
+            self._multiply(_REPEATS["cuda"])
             end.record()
             self._events = start, end
         else:
-            start = time.perf_counter()
-            self._multiply()
-            self._device = time.perf_counter() - start
+            self._device = min(self._timed_product() for _ in range(_REPEATS["cpu"]))
 
-    def _multiply(self) -> None:
-        for _ in range(_REPEATS[self._kind]):
+    def _timed_product(self) -> float:
+        start = time.thread_time()
+        self._multiply(1)
+        return time.thread_time() - start
+
+    def _multiply(self, times: int) -> None:
+        for _ in range(times):
             torch.mm(self._factor, self._factor, out=self._product)
 
 
@@ -97,10 +101,10 @@ class Stragglers:
     def __init__(self, cfg: GuardConfig) -> None:
         self._cfg = cfg
         self._tables: deque[tuple[tuple[float, ...], ...]] = deque(maxlen=cfg.straggler_steps)
-        self._named: tuple[int, str] | None = None
+        self._named: set[tuple[int, str]] = set()  # a rank at the edge would else be named again and again
 
     def judge(self, step: int, own: tuple[tuple[float, ...], ...], seconds: float) -> tuple[Slowest | None, str | None]:
-        """The slowest rank of the last steps, and a warning when it begins to be too slow.
+        """The slowest rank of the last steps, and a warning where it is too slow for the first time.
 
         Args:
             own: [rank][part] of this step, seconds.
@@ -115,11 +119,10 @@ class Stragglers:
         found = [_slowest(part, [row[part] for row in usual], seconds) for part in range(3)]
         slow = [s for s in found if s.own > self._cfg.straggler_factor * s.others and s.cost > _LEAST_SHARE * seconds]
         worst = max(slow or found, key=lambda s: s.cost)
-        named = (worst.rank, worst.part) if slow and len(self._tables) == self._cfg.straggler_steps else None
-        new = named is not None and named != self._named
-        self._named = named
-        if not new:
+        named = (worst.rank, worst.part)
+        if not slow or named in self._named or len(self._tables) < self._cfg.straggler_steps:
             return worst, None
+        self._named.add(named)
         return worst, (
             f"warning: step {step}: rank {worst.rank} is slow in its {worst.part} time, {1e3 * worst.own:.1f} ms against "
             f"{1e3 * worst.others:.1f} ms of the others (medians of {self._cfg.straggler_steps} steps): all ranks wait for it"

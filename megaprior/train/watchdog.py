@@ -81,9 +81,10 @@ class Watchdog:
         ) in self._threads:  # they must not drop the last reference to a process group while the interpreter ends
             thread.join(_GRACE_S)
         if isinstance(error, RuntimeError) and _is_lost_contact(error):
+            blame = self._roll_call(waited_at=_innermost(traceback.extract_tb(error.__traceback__)))
             raise MegapriorError(
-                f"rank {self._peers.place.rank} lost contact with the others during {self._doing}: {self._roll_call()}. Repeat "
-                "the command to go on from the newest checkpoint"
+                f"rank {self._peers.place.rank} lost contact with the others during {self._doing}: {blame}. Repeat the command "
+                "to go on from the newest checkpoint"
             ) from error
 
     def beat(self, doing: str) -> None:
@@ -134,9 +135,12 @@ class Watchdog:
             pass
         return ""
 
-    def _roll_call(self) -> str:
+    def _roll_call(self, *, waited_at: str | None = None) -> str:
+        """Who is to blame; `waited_at` is where this rank waited for others until the connection broke."""
         rank = self._peers.place.rank
         mine = whereabouts(self._doing, self._beats)
+        if waited_at is not None:
+            mine = Whereabouts(self._doing, self._beats, waited_at, waits=True)
         found = self._peers.roll_call(json.dumps(asdict(mine)))
         if found is None:
             return "rank 0 does not answer"
@@ -152,8 +156,12 @@ def whereabouts(doing: str, beats: int) -> Whereabouts:
     stack = traceback.extract_stack(frame) if frame is not None else []
     inner = [f"/{f.filename.lstrip('/')}" for f in stack[-_INNERMOST:]]
     device = bool(stack) and stack[-1].name == "take"  # the engine's one wait, see `Sums`
-    at = f"{Path(stack[-1].filename).name}:{stack[-1].lineno} {stack[-1].name}" if stack else "its end"
-    return Whereabouts(doing, beats, at, device or any(part in file for file in inner for part in _WAITING_IN))
+    waits = device or any(part in file for file in inner for part in _WAITING_IN)
+    return Whereabouts(doing, beats, _innermost(stack), waits)
+
+
+def _innermost(stack: traceback.StackSummary | list[traceback.FrameSummary]) -> str:
+    return f"{Path(stack[-1].filename).name}:{stack[-1].lineno} {stack[-1].name}" if stack else "its end"
 
 
 def blame(found: Mapping[int, Whereabouts], *, world: int) -> str:
