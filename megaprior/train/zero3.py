@@ -24,7 +24,7 @@ from megaprior.models.hlvlm import HLVLM
 from megaprior.train.engine import Precision, Sums, frozen_tensors, model_weights
 from megaprior.train.optim import OptimConfig, adamw, parameter_groups
 from megaprior.train.snapshot import HostBuffers, Write
-from megaprior.train.zero3_config import check_extras, deepspeed_config, offload_ratio, zero_stage
+from megaprior.train.zero3_config import Stage, check_extras, deepspeed_config, offload_ratio, zero_stage
 from megaprior.train.zero3_stages import rates, stage_of
 from megaprior.train.zero3_start import check_version, prebuild_cpu_adam, start_deepspeed
 from megaprior.train.zero3_state import load_state, save_state, snapshot_state
@@ -57,7 +57,7 @@ class Zero3Engine:
             UsageError: an option has its home elsewhere, or DeepSpeed refuses it.
         """
         check_extras(extras)
-        self._stage_number = zero_stage(extras)
+        self._stage_number: Stage = zero_stage(extras)
         config = deepspeed_config(extras, precision=precision, world=peers.place.world, universal=universal)
         deepspeed = start_deepspeed(peers)
         refuse_unknown(config["zero_optimization"])

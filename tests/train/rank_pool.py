@@ -28,6 +28,7 @@ from megaprior.train import assembly
 from megaprior.train.evaluation import HeldOut
 from megaprior.train.optim import clip_scale, learning_rate
 from megaprior.train.step import accumulate, total
+from megaprior.train.zero3 import Zero3Engine
 
 _PATIENCE_S = 150.0
 
@@ -110,7 +111,7 @@ def run_case(case: Case, peers: Peers) -> Outcome:
         engine.save_state(case.save)
         peers.settle()
     loader.close()
-    if cfg.engine == "zero3":
+    if isinstance(engine, Zero3Engine):
         engine.close()
     return Outcome(gradients, losses, norms, weights, heldout, peers.gather_objects(rows))
 
@@ -205,11 +206,12 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
 def _as_asked(case: Case) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in case.environment}
     os.environ.update(case.environment)
-    name = None
+    device: Any = None
     if case.device_name is not None:
         from deepspeed.accelerator import get_accelerator
 
-        name, get_accelerator()._name = get_accelerator()._name, case.device_name
+        device = get_accelerator()
+        name, device._name = device._name, case.device_name
     try:
         yield
     finally:
@@ -218,5 +220,5 @@ def _as_asked(case: Case) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
-        if name is not None:
-            get_accelerator()._name = name
+        if device is not None:
+            device._name = name
