@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megaprior import __version__
 from megaprior.cli_export import add_caption, add_export, add_import
-from megaprior.cli_operations import add_doctor
+from megaprior.cli_operations import add_doctor, add_plan
 from megaprior.errors import MegapriorError, UsageError
 
 _STORY = """\
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(verb)
     add_caption(verb)
     add_import(verb)
+    add_plan(verb)
     add_doctor(verb)
     return parser
 

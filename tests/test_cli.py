@@ -12,7 +12,7 @@ import pytest
 from megaprior import cli
 from megaprior.errors import DataError, MegapriorError, Requeue, UsageError
 
-VERBS = ("train", "replay", "score", "evaluate", "report", "export", "caption", "import", "doctor")
+VERBS = ("train", "replay", "score", "evaluate", "report", "export", "caption", "import", "plan", "doctor")
 
 
 def code(*arguments: object) -> int:

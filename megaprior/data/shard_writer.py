@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,8 @@ class ShardWriter:
         """
         assert self.kind == "text", self.kind
         lengths = [len(ids) for ids in tokens]
-        try:
-            flat = array(self._dtype.char, chain.from_iterable(tokens))
-            fits = all(lengths) and (not flat or (min(flat) >= 0 and max(flat) < self._vocabulary))
-        except (TypeError, OverflowError):
-            fits = False
-        if not fits or sys.byteorder != "little" or self._streams.keys() - {"tokens", "keys"}:
+        flat = self._array(chain.from_iterable(tokens))
+        if flat is None or not all(lengths) or self._streams.keys() - {"tokens", "keys"}:
             for key, ids in zip(keys, tokens, strict=True):  # tells which one does not fit, and why
                 self.add(key, ids)
             self._counts["truncated"] += truncated
@@ -161,13 +157,10 @@ class ShardWriter:
 
     def _packed(self, key: str, tokens: Any) -> array[int] | np.ndarray:
         """[k] ids as they go to disk, checked."""
-        if type(tokens) is list and tokens and type(tokens[0]) is int and sys.byteorder == "little":
-            try:  # for a caption's few ids numpy takes 5 times as long
-                packed = array(self._dtype.char, tokens)
-                if min(tokens) >= 0 and max(tokens) < self._vocabulary:
-                    return packed
-            except (TypeError, OverflowError):
-                pass  # what is wrong with them is told below
+        if type(tokens) is list and tokens and type(tokens[0]) is int:
+            packed = self._array(tokens)  # for a caption's few ids numpy takes 5 times as long
+            if packed is not None:
+                return packed
         tokens = np.asarray(tokens)
         if tokens.size == 0 or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DataError(
@@ -177,6 +170,14 @@ class ShardWriter:
         if low < 0 or high >= self._vocabulary:
             raise DataError(f"{self._where(key)}: token ids {low} to {high} in a vocabulary of {self._vocabulary:,}")
         return np.ascontiguousarray(tokens, self._dtype.newbyteorder("<"))
+
+    def _array(self, ids: Iterable[int]) -> array[int] | None:
+        """`ids` as they go to disk; None where there are none, or one does not fit."""
+        with suppress(TypeError, OverflowError):
+            packed = array(self._dtype.char, ids)
+            if sys.byteorder == "little" and packed and min(packed) >= 0 and max(packed) < self._vocabulary:
+                return packed
+        return None
 
     def _check_truths(self, key: str, k: int, loss_spans: Any, word_class: Any) -> None:
         if word_class is not None and (np.shape(word_class) != (k,) or not np.isin(word_class, (0, 1, 2)).all()):

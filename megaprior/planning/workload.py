@@ -35,6 +35,18 @@ class Guess:
     image_size: tuple[int, int] | None = None
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """`"640x480"` -> (640, 480).
+
+    Raises:
+        UsageError: not two whole numbers above 0 with an x between.
+    """
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UsageError(f"--image-size {text}: expected WIDTHxHEIGHT in pixels, for example 640x480")
+    return int(sides[0]), int(sides[1])
+
+
 @dataclass(frozen=True)
 class Workload:
     """Samples of one step, int64 [n] each.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from outcomes import losses
 from safetensors.torch import load_file
 from train_children import config, hlvlm_settings, make_bases, settings, uneven_data
 
@@ -25,11 +26,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases")
     make_bases(folder)
     return folder
-
-
-def losses(out: Path) -> list[float]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in found if line["kind"] == "train"]
 
 
 def model_files(out: Path, step: int) -> Path:

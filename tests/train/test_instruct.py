@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from outcomes import losses
 from safetensors.torch import load_file
 from train_children import config, hlvlm_settings, make_bases, png, settings
 
@@ -98,11 +99,6 @@ def tuned(talks: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("tuned") / "run"
     train(config(instruct(talks, pretrained, out)))
     return out
-
-
-def losses(out: Path) -> list[float]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in found if line["kind"] == "train"]
 
 
 def model_folder(out: Path, step: int) -> Path:

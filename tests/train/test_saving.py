@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from outcomes import lines
 from safetensors.torch import load_file
 from train_children import config, settings
 
@@ -31,11 +31,6 @@ from megaprior.train.saving import Saver
 from megaprior.train.snapshot import HostBuffers, Write
 
 CONSTANT = {"lr": 3e-3, "schedule": "constant"}
-
-
-def lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
 
 
 def weights(out: Path, step: int) -> dict[str, torch.Tensor]:

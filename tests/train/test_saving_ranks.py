@@ -3,7 +3,6 @@ ranks, another base model, and files that would run code."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outcomes import folder, lines, losses, model_bytes
 from safetensors import safe_open
 from train_children import hlvlm_settings, make_bases, settings
 
@@ -20,23 +20,6 @@ from megaprior.train.checkpoint import FORMAT, MANIFEST, complete_checkpoints, c
 
 CONSTANT = {"lr": 3e-3, "schedule": "constant"}
 Launch = Callable[..., list[int]]
-
-
-def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
-
-
-def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in lines(out)]
-
-
-def folder(out: Path, step: int) -> Path:
-    return out / "checkpoints" / f"step_{step:08d}"
-
-
-def model_bytes(out: Path, step: int) -> bytes:
-    return (folder(out, step) / "model" / "model.safetensors").read_bytes()
 
 
 def said(out: Path, rank: int) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from outcomes import lines, losses, model_bytes
 from train_children import PARTITION_ALL, config, free_port, golden_settings, hlvlm_settings, settings
 
 from megaprior.errors import UsageError
@@ -23,19 +24,6 @@ from megaprior.train.run import train
 from megaprior.train.zero3 import refuse_unknown
 from megaprior.train.zero3_config import check_extras, deepspeed_config
 from megaprior.train.zero3_start import check_version, is_stale
-
-
-def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
-
-
-def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in lines(out)]
-
-
-def model_bytes(out: Path, step: int) -> bytes:
-    return (out / "checkpoints" / f"step_{step:08d}" / "model" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
